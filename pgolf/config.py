@@ -106,6 +106,9 @@ class TrainConfig:
     beta2: float = option(0.99, "AdamW second-moment decay")
     adam_eps: float = option(1e-8, "AdamW epsilon")
     grad_clip: float = option(0.3, "gradient norm limit, per rank before the reduction (0: off)")
+    clip_scope: str = option(
+        "rank", "rank: each rank clips its own gradient; global: the averaged one, the same for any number of ranks"
+    )
     ema_decay: float = option(0.9965, "decay per step of the averaged weights used after training")
     compile: str = option("auto", "torch.compile: auto (on CUDA), on or off")
     dtype: str = option("auto", "compute type: auto (bfloat16 on CUDA, float32 on CPU), bfloat16 or float32")
@@ -117,6 +120,7 @@ class TrainConfig:
         require(self.schedule_by in ("wallclock", "step"), "train.schedule_by must be wallclock or step")
         require(self.compile in ("auto", "on", "off"), "train.compile must be auto, on or off")
         require(self.dtype in ("auto", "bfloat16", "float32"), "train.dtype must be auto, bfloat16 or float32")
+        require(self.clip_scope in ("rank", "global"), "train.clip_scope must be rank or global")
         require(self.micro_batch > 0, f"train.micro_batch must be positive, got {self.micro_batch}")
         require(self.steps > 0, f"train.steps must be positive, got {self.steps}")
         require(0 < self.warmdown <= 1, "train.warmdown must be in (0, 1]")

@@ -1,0 +1,1 @@
+"""Operators: one file each, a plain PyTorch reference beside every compiled build. Tensors only, never configs."""

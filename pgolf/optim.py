@@ -1,0 +1,156 @@
+"""Muon for the banks, AdamW for the rest, an average of all weights (recipe section 3)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pgolf import parallel
+from pgolf.config import TrainConfig
+from pgolf.model import GPT
+
+# Polar Express coefficients (Amsel et al., arXiv:2505.16932), one triple per step.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+FLOOR = 1e-7
+
+
+def orthogonalize(update: Tensor) -> Tensor:
+    """The nearest (semi-)orthogonal matrices, roughly: bfloat16 [n, rows, cols] -> bfloat16, same shape.
+
+    Every row is normalized first; then five Polar Express steps on the wide orientation. Every intermediate is
+    rounded to bfloat16 on purpose: keeping them wider changes the update by several per cent.
+    """
+    x = update / update.norm(dim=-1, keepdim=True).clamp_min(FLOOR)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + FLOOR)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def muon_update(weight: Tensor, grad: Tensor, momentum: Tensor, lr: float, mu: float, weight_decay: float) -> None:
+    """One Muon step in place on float32 weight [n, rows, cols]; momentum is a bfloat16 buffer of that shape."""
+    grad = grad.bfloat16()
+    momentum.mul_(mu).add_(grad)
+    direction = orthogonalize(grad.add(momentum, alpha=mu))  # one rounding, not two
+    scale = max(1.0, weight.shape[-2] / weight.shape[-1]) ** 0.5
+    weight.mul_(1 - lr * weight_decay).sub_(direction.float(), alpha=lr * scale)
+
+
+class Optimizer:
+    """Everything that changes the weights: reduction over ranks, clipping, Muon, AdamW, and the average.
+
+    Muon's work is shared: a rank receives the averaged gradients of its slices of each bank, updates them, and all
+    ranks gather the result. AdamW's parameters are few and updated by every rank alike.
+    """
+
+    BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+
+    def __init__(self, model: GPT, config: TrainConfig) -> None:
+        self.config = config
+        named = dict(model.named_parameters())
+        self.banks = {name: named.pop(name) for name in self.BANKS}
+        self.momentum = {
+            name: torch.zeros_like(parallel.cut(bank.data), dtype=torch.bfloat16) for name, bank in self.banks.items()
+        }
+        self.rest = named
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.parameters = dict(model.named_parameters())
+        embedding = named["tok_emb.weight"]
+        # The evaluation softcaps take no part in the training loss: no gradient, so AdamW leaves them alone.
+        scalars = [p for p in named.values() if p is not embedding]
+        self.adam = torch.optim.AdamW(
+            [
+                {"params": [embedding], "base_lr": config.embed_lr, "weight_decay": config.embed_weight_decay},
+                {"params": scalars, "base_lr": config.scalar_lr, "weight_decay": config.scalar_weight_decay},
+            ],
+            lr=config.embed_lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+            fused=embedding.is_cuda,
+        )
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, mu: float) -> None:
+        """Reduce, clip and apply the accumulated gradients, then drop them."""
+        config = self.config
+        rest = [p.grad for p in self.rest.values() if p.grad is not None]
+        banks = [bank.grad for bank in self.banks.values() if bank.grad is not None]
+        if config.clip_scope == "rank":
+            self._clip([*banks, *rest], self._square_norms(banks, rest))
+        shares = {
+            name: parallel.scatter_mean(bank.grad if bank.grad is not None else torch.zeros_like(bank))
+            for name, bank in self.banks.items()
+        }
+        parallel.mean_(rest)
+        if config.clip_scope == "global":
+            self._clip([*shares.values(), *rest], self._square_norms(list(shares.values()), rest, sharded=True))
+        for name, bank in self.banks.items():
+            weight = parallel.cut(bank.data)
+            decay = config.muon_weight_decay
+            muon_update(weight, shares[name], self.momentum[name], config.matrix_lr * lr_scale, mu, decay)
+            if weight is not bank.data:
+                bank.data.copy_(parallel.gather(weight, len(bank)))
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adam.step()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _square_norms(self, banks: list[Tensor], rest: list[Tensor], sharded: bool = False) -> Tensor:
+        """Sum of squares of all gradients. Summed slice by slice, so that the number of ranks cannot change it."""
+        slices = [bank.square().flatten(1).sum(1) for bank in banks]
+        if sharded:
+            counts = [len(bank) for bank in self.banks.values()]
+            slices = [parallel.gather(part, count) for part, count in zip(slices, counts, strict=True)]
+        return torch.cat([*slices, *(grad.square().sum()[None] for grad in rest)]).sum()
+
+    def _clip(self, grads: list[Tensor], square_norm: Tensor) -> None:
+        if self.config.grad_clip > 0:
+            factor = (self.config.grad_clip / (square_norm.sqrt() + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, factor)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the averaged weights towards the current ones."""
+        current = [p.detach() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), current, 1 - self.config.ema_decay)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of all state that a checkpoint keeps; momentum is gathered from all ranks."""
+        yield from ((f"model.{name}", p.detach()) for name, p in self.parameters.items())
+        yield from ((f"average.{name}", value) for name, value in self.average.items())
+        for name, share in self.momentum.items():
+            yield f"momentum.{name}", parallel.gather(share, len(self.banks[name]))
+        for name, parameter in self.rest.items():
+            for key, value in self.adam.state.get(parameter, {}).items():
+                yield f"adam.{key}.{name}", torch.as_tensor(value)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `tensors` wrote, for any number of ranks; AdamW state not listed is cleared."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"model.{name}"])
+            parameter.grad = None
+            self.average[name].copy_(tensors[f"average.{name}"])
+        for name, share in self.momentum.items():
+            share.copy_(parallel.cut(tensors[f"momentum.{name}"]).to(share.device))
+        self.adam.state.clear()
+        for name, parameter in self.rest.items():
+            state = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"adam.{key}.{name}")
+                if value is not None:
+                    fused_step = key != "step" or parameter.is_cuda
+                    state[key] = value.clone().to(parameter.device if fused_step else "cpu")
+            if state:
+                self.adam.state[parameter] = state

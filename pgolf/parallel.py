@@ -1,0 +1,99 @@
+"""Ranks: one process a device, started by torchrun; a single process needs nothing."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from pgolf.errors import PgolfError
+
+
+def start(device: str = "auto") -> torch.device:
+    """Join torchrun's group when there is one and choose this rank's device ("auto", "cpu" or "cuda")."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PgolfError("no CUDA GPU is visible; use --device cpu or check the driver with `pgolf doctor`")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+
+
+def stop() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank, 0 alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean_(tensors: list[torch.Tensor]) -> None:
+    """Average tensors over ranks in place, in one collective per type."""
+    if world_size() == 1:
+        return
+    for dtype in {tensor.dtype for tensor in tensors}:
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in group])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def agree(elapsed: float, stop_now: bool, device: torch.device) -> tuple[float, bool]:
+    """Rank 0's elapsed seconds, and whether any rank wants to stop."""
+    if world_size() == 1:
+        return elapsed, stop_now
+    word = torch.tensor([elapsed if rank() == 0 else 0.0, float(stop_now)], dtype=torch.float64, device=device)
+    dist.all_reduce(word, op=dist.ReduceOp.MAX)
+    elapsed, flag = word.tolist()
+    return elapsed, bool(flag)
+
+
+def scatter_mean(bank: torch.Tensor) -> torch.Tensor:
+    """Average a bank [n, ...] over ranks and return this rank's share of slices, n padded with zeros to a multiple."""
+    world = world_size()
+    if world == 1:
+        return bank
+    share = -(-len(bank) // world)
+    padded = bank.new_zeros(share * world, *bank.shape[1:])
+    padded[: len(bank)] = bank
+    if dist.get_backend() == "gloo":  # gloo has no reduce-scatter
+        dist.all_reduce(padded)
+        mine = padded[rank() * share : (rank() + 1) * share].clone()
+    else:
+        mine = bank.new_empty(share, *bank.shape[1:])
+        dist.reduce_scatter_tensor(mine, padded)
+    return mine / world
+
+
+def gather(share: torch.Tensor, count: int) -> torch.Tensor:
+    """Inverse of the cut in `scatter_mean`: every rank's slices, the first `count` of them."""
+    world = world_size()
+    if world == 1:
+        return share
+    whole = share.new_empty(world * len(share), *share.shape[1:])
+    dist.all_gather_into_tensor(whole, share.contiguous())
+    return whole[:count]
+
+
+def cut(bank: torch.Tensor) -> torch.Tensor:
+    """This rank's share of a bank, padded as in `scatter_mean`."""
+    world = world_size()
+    if world == 1:
+        return bank
+    share = -(-len(bank) // world)
+    padded = bank.new_zeros(share * world, *bank.shape[1:])
+    padded[: len(bank)] = bank
+    return padded[rank() * share : (rank() + 1) * share].clone()
