@@ -112,6 +112,7 @@ class TrainConfig:
     ema_decay: float = option(0.9965, "decay per step of the averaged weights used after training")
     compile: str = option("auto", "torch.compile: auto (on CUDA), on or off")
     dtype: str = option("auto", "compute type: auto (bfloat16 on CUDA, float32 on CPU), bfloat16 or float32")
+    attention: str = option("auto", "attention backend: auto (fastest usable), fa3, fa4, fa2, torch-varlen or sdpa")
     log_every: int = option(50, "steps between log lines")
     checkpoint_seconds: float = option(60.0, "seconds between checkpoints (0: only at the end)")
 
@@ -168,7 +169,9 @@ class EvalConfig:
 
     context: int = option(3072, "longest context a prediction may see, tokens")
     stride: int = option(1536, "tokens a sliding window moves by")
-    mode: str = option("sliding", "sliding: overlapping windows over the stream; segments: whole documents cut at context")
+    mode: str = option(
+        "sliding", "sliding: overlapping windows over the stream; segments: whole documents cut at context"
+    )
     batch: int = option(16, "windows scored together")
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ activations have that type throughout. There is no autocast.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,9 +76,7 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
 
 
-def attend(
-    n: Tensor, layer: Layer, context: Context, xsa: bool, delta: Any = None, observe: Any = None
-) -> Tensor:
+def attend(n: Tensor, layer: Layer, context: Context, xsa: bool, delta: Any = None, observe: Any = None) -> Tensor:
     """The attention branch: n [B, T, D] (normed, scaled) -> [B, T, D]."""
     heads = layer.q_gain.shape[0]
     q, k, v = F.linear(n, layer.q), F.linear(n, layer.k), F.linear(n, layer.v)
@@ -180,6 +178,8 @@ class _Block(nn.Module):
 class GPT(nn.Module):
     """The network. State-dict names and shapes are those of recipe section 2; `looping` switches recurrence."""
 
+    norm_scales: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -265,7 +265,7 @@ class GPT(nn.Module):
                 part.resid_mix,
                 scales[i],
             )
-            for i, part in enumerate(self.blocks)
+            for i, part in enumerate(cast(list[_Block], list(self.blocks)))
         ]
 
     def _embed_eager(self, ids: Tensor) -> Tensor:

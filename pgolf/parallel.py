@@ -28,6 +28,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def rank() -> int:
     """This process's rank, 0 alone."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgolf.errors import PgolfError
+
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -111,20 +113,19 @@ def backends() -> list[Backend]:
     return rows
 
 
-@functools.cache
-def _default_backend() -> str:
-    return next(row.name for row in backends() if row.available)
+_active: Varlen | None = None  # set by `choose`; None while unresolved or where SDPA is the choice
+_resolved = False
 
 
-_chosen: str | None = None
-
-
-def choose(name: str | None) -> None:
-    """Use backend `name` from now on (None: the fastest usable one), for measurements side by side."""
-    global _chosen
-    if name is not None and name not in [row.name for row in backends() if row.available]:
-        raise ValueError(f"attention: backend {name!r} is not usable here")
-    _chosen = name
+def choose(name: str | None = None) -> None:
+    """Use backend `name` from now on (None: the fastest usable one). Call before compiling: imports cannot be traced."""
+    global _active, _resolved
+    usable = [row.name for row in backends() if row.available]
+    if name is not None and name not in usable:
+        raise PgolfError(f"attention: backend {name!r} is not usable here; choose one of {', '.join(usable)}")
+    loaded = _load(name or usable[0]) if (name or usable[0]) != "sdpa" else None
+    assert not isinstance(loaded, str)
+    _active, _resolved = loaded, True
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
@@ -135,16 +136,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_se
     least the longest segment. Returns [B, T, Hq, d].
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        name = _chosen or _default_backend()
-        if name != "sdpa":
-            run = _load(name)
-            assert not isinstance(run, str)
+        if not _resolved:
+            choose()
+        if _active is not None:
             batch, length = q.shape[:2]
             if cu_seqlens is None:
                 cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
                 max_seqlen = length
-            # strided views of a fused projection are fine for every backend but a batch must be packed
-            return run(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, max_seqlen).view_as(q)
+            return _active(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, max_seqlen).view_as(q)
     return reference(q, k, v, cu_seqlens)
 
 

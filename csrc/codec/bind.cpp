@@ -1,0 +1,171 @@
+// pgolf._codec: lists of arrays in, bytes out. Streams are independent, so threads share them; the interpreter lock is
+// released meanwhile. Errors of a stream become ValueError.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <exception>
+#include <functional>
+#include <string>
+#include <thread>
+
+#include "bytes.h"
+#include "matrix.h"
+
+namespace py = pybind11;
+
+namespace pgolf::codec {
+namespace {
+
+using Int8Array = py::array_t<std::int8_t, py::array::c_style>;
+using Bytes = std::vector<std::uint8_t>;
+
+// Runs every job; of several failures the first in order is thrown, whatever the threads did.
+void run_jobs(const std::vector<std::function<void()>>& jobs, int threads) {
+    std::vector<std::exception_ptr> failures(jobs.size());
+    std::atomic<std::size_t> next{0};
+    const auto work = [&] {
+        for (std::size_t i; (i = next++) < jobs.size();) {
+            try {
+                jobs[i]();
+            } catch (...) {
+                failures[i] = std::current_exception();
+            }
+        }
+    };
+    {
+        std::vector<std::jthread> pool;
+        for (std::size_t i = 1; i < std::min<std::size_t>(std::max(threads, 1), jobs.size()); ++i)
+            pool.emplace_back(work);
+        work();
+    }
+    for (const auto& failure : failures)
+        if (failure) std::rethrow_exception(failure);
+}
+
+void put_length(Bytes& out, std::size_t length) {
+    for (int shift = 0; shift < 32; shift += 8) out.push_back(static_cast<std::uint8_t>(length >> shift));
+}
+
+// A group of matrices: the byte lengths of its streams (u32, little-endian), then the streams.
+std::vector<py::bytes> encode_groups(const std::vector<std::vector<Int8Array>>& groups, int threads) {
+    std::vector<std::vector<const std::int8_t*>> data(groups.size());
+    std::vector<std::vector<Bytes>> streams(groups.size());
+    std::vector<std::function<void()>> jobs;
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+        std::vector<Shape> shapes;
+        for (const auto& array : groups[g]) {
+            if (array.ndim() != 2) throw py::value_error("a matrix must have two dimensions");
+            shapes.push_back({static_cast<std::size_t>(array.shape(0)), static_cast<std::size_t>(array.shape(1))});
+            data[g].push_back(array.data());
+        }
+        const auto plan = plan_streams(shapes);
+        streams[g].resize(plan.size());
+        for (std::size_t s = 0; s < plan.size(); ++s)
+            jobs.push_back([&, g, s, range = plan[s], shape = shapes[plan[s].first]] {
+                streams[g][s] = encode_stream({&data[g][range.first], range.last - range.first}, shape);
+            });
+    }
+    {
+        py::gil_scoped_release unlocked;
+        run_jobs(jobs, threads);
+    }
+    std::vector<py::bytes> result;
+    for (const auto& group : streams) {
+        Bytes out;
+        for (const auto& stream : group) put_length(out, stream.size());
+        for (const auto& stream : group) out.insert(out.end(), stream.begin(), stream.end());
+        result.emplace_back(reinterpret_cast<const char*>(out.data()), out.size());
+    }
+    return result;
+}
+
+std::span<const std::uint8_t> view(const py::bytes& bytes) {
+    const auto text = static_cast<std::string_view>(bytes);
+    return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
+}
+
+// Every length is checked against the bytes that are there before anything is allocated for it.
+std::vector<std::span<const std::uint8_t>> split_group(std::span<const std::uint8_t> coded,
+                                                       std::span<const Shape> shapes, std::span<const Range> plan) {
+    if (coded.size() < 4 * plan.size()) throw StreamError("coded group ends inside its table of lengths");
+    auto rest = coded.subspan(4 * plan.size());
+    std::vector<std::span<const std::uint8_t>> streams;
+    for (std::size_t s = 0; s < plan.size(); ++s) {
+        const std::uint8_t* field = &coded[4 * s];
+        const std::size_t length =
+            field[0] | field[1] << 8 | field[2] << 16 | static_cast<std::uint32_t>(field[3]) << 24;
+        if (length > rest.size()) throw StreamError("coded group ends before its last stream");
+        std::size_t entries = 0;
+        for (std::size_t i = plan[s].first; i < plan[s].last; ++i) entries += shapes[i].count();
+        if (entries / kMaxEntriesPerByte > length) throw StreamError("coded stream is too short for its matrices");
+        streams.push_back(rest.first(length));
+        rest = rest.subspan(length);
+    }
+    if (!rest.empty()) throw StreamError("coded group is longer than its streams");
+    return streams;
+}
+
+std::vector<std::vector<Int8Array>> decode_groups(
+    const std::vector<std::pair<py::bytes, std::vector<std::pair<std::size_t, std::size_t>>>>& groups, int threads) {
+    std::vector<std::vector<Int8Array>> result(groups.size());
+    std::vector<std::vector<std::int8_t*>> data(groups.size());
+    std::vector<std::function<void()>> jobs;
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+        std::vector<Shape> shapes;
+        for (const auto& [rows, columns] : groups[g].second) {
+            constexpr std::size_t limit = std::size_t{1} << 31;
+            if (rows >= limit || columns >= limit) throw py::value_error("a matrix is too large");
+            shapes.push_back({rows, columns});
+        }
+        const auto plan = plan_streams(shapes);
+        const auto streams = split_group(view(groups[g].first), shapes, plan);
+        for (const auto& shape : shapes) {
+            result[g].emplace_back(std::vector<py::ssize_t>{static_cast<py::ssize_t>(shape.rows),
+                                                            static_cast<py::ssize_t>(shape.columns)});
+            data[g].push_back(result[g].back().mutable_data());
+        }
+        for (std::size_t s = 0; s < plan.size(); ++s)
+            jobs.push_back([&, g, stream = streams[s], range = plan[s], shape = shapes[plan[s].first]] {
+                decode_stream(stream, {&data[g][range.first], range.last - range.first}, shape);
+            });
+    }
+    py::gil_scoped_release unlocked;
+    run_jobs(jobs, threads);
+    return result;
+}
+
+py::bytes encode_data(const py::bytes& data) {
+    Bytes out;
+    const auto input = view(data);
+    {
+        py::gil_scoped_release unlocked;
+        out = encode_bytes(input);
+    }
+    return {reinterpret_cast<const char*>(out.data()), out.size()};
+}
+
+py::bytes decode_data(const py::bytes& coded, std::size_t size) {
+    const auto input = view(coded);
+    if (size / kMaxBytesPerByte > input.size()) throw StreamError("coded stream is too short for its bytes");
+    Bytes out(size);
+    {
+        py::gil_scoped_release unlocked;
+        decode_bytes(input, out);
+    }
+    return {reinterpret_cast<const char*>(out.data()), out.size()};
+}
+
+}  // namespace
+}  // namespace pgolf::codec
+
+PYBIND11_MODULE(_codec, m) {
+    using namespace pgolf::codec;
+    m.doc() = "Entropy coder of pgolf; use pgolf.codec.";
+    py::register_exception<StreamError>(m, "StreamError", PyExc_ValueError);
+    m.def("encode_groups", &encode_groups, py::arg("groups"), py::arg("threads"));
+    m.def("decode_groups", &decode_groups, py::arg("groups"), py::arg("threads"));
+    m.def("encode_bytes", &encode_data, py::arg("data"));
+    m.def("decode_bytes", &decode_data, py::arg("coded"), py::arg("size"));
+}

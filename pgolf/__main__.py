@@ -1,0 +1,6 @@
+"""`python -m pgolf`."""
+
+from pgolf.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

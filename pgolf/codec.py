@@ -1,0 +1,79 @@
+"""Arrays to bytes and back, without loss: the entropy coder behind `model.pgolf` (SYSTEM section 4).
+
+Quantized weights are close to Gaussian given their row scale, so an entry is predicted from the earlier entries of its
+row and coded with adaptive binary models and an arithmetic coder (`csrc/codec`). It computes in integers only: the same
+arrays give the same bytes on every machine and with any number of threads.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgolf import _codec
+from pgolf.errors import PgolfError
+
+Matrix = NDArray[np.int8]
+Shape = tuple[int, int]
+
+
+class CodecError(PgolfError):
+    """A coded stream that no encoder wrote, or arrays that cannot be coded."""
+
+
+def encode_groups(groups: Sequence[Sequence[Matrix]], threads: int | None = None) -> list[bytes]:
+    """Code each group of int8 matrices ([rows, columns], any values, any shapes) to one byte string.
+
+    Consecutive matrices of equal shape share what was learned on the first ones: put like beside like.
+    `threads` (default: all cores) changes the time taken and nothing else.
+    """
+    for matrix in (matrix for group in groups for matrix in group):
+        if matrix.dtype != np.int8 or matrix.ndim != 2:
+            raise CodecError(f"a matrix to code must be int8 with 2 dimensions, got {matrix.dtype} {matrix.shape}")
+    return _codec.encode_groups([list(group) for group in groups], _threads(threads))
+
+
+def decode_groups(groups: Sequence[tuple[bytes, Sequence[Shape]]], threads: int | None = None) -> list[list[Matrix]]:
+    """Inverse of `encode_groups` from (bytes, shapes) pairs; CodecError on bytes it did not write.
+
+    Memory and time are bounded by the bytes given: shapes that the bytes cannot fill are refused before allocating.
+    """
+    for rows, columns in (shape for _, shapes in groups for shape in shapes):
+        if not (0 <= rows < 2**31 and 0 <= columns < 2**31):
+            raise CodecError(f"a matrix cannot have the shape {rows} x {columns}")
+    try:
+        return _codec.decode_groups([(coded, list(shapes)) for coded, shapes in groups], _threads(threads))
+    except ValueError as error:
+        raise CodecError(f"{error}; the data is damaged") from error
+
+
+def encode_matrices(matrices: Sequence[Matrix], threads: int | None = None) -> bytes:
+    """Code one group of int8 matrices; see `encode_groups`."""
+    return encode_groups([matrices], threads)[0]
+
+
+def decode_matrices(coded: bytes, shapes: Sequence[Shape], threads: int | None = None) -> list[Matrix]:
+    """Inverse of `encode_matrices`; see `decode_groups`."""
+    return decode_groups([(coded, shapes)], threads)[0]
+
+
+def encode_bytes(data: bytes) -> bytes:
+    """Code general bytes (small tensors, text) with a context-mixing model."""
+    return _codec.encode_bytes(data)
+
+
+def decode_bytes(coded: bytes, size: int) -> bytes:
+    """Inverse of `encode_bytes` for `size` bytes; CodecError on bytes it did not write."""
+    if not 0 <= size < 2**62:
+        raise CodecError(f"cannot decode {size} bytes")
+    try:
+        return _codec.decode_bytes(coded, size)
+    except ValueError as error:
+        raise CodecError(f"{error}; the data is damaged") from error
+
+
+def _threads(threads: int | None) -> int:
+    if threads is not None and threads < 1:
+        raise CodecError(f"threads must be at least 1, got {threads}")
+    return threads or os.cpu_count() or 1

@@ -1,0 +1,93 @@
+"""What this machine offers pgolf: compilers, torch, GPU, compiled modules, attention backends and why not better."""
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+
+import torch
+
+from pgolf import __version__
+from pgolf.ops import _native, attention
+
+Row = tuple[str, str]
+
+
+def report() -> list[Row]:
+    """(what, what was found) in the order a reader would ask; nothing is changed, nothing raises."""
+    return [
+        ("pgolf", f"{__version__}, Python {platform.python_version()}, {platform.machine()}"),
+        ("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"),
+        *(_tool(*tool) for tool in TOOLS),
+        ("torch", torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", no CUDA")),
+        *_gpus(),
+        ("entropy coder", _codec()),
+        ("CUDA kernels", _kernels()),
+        *_attention(),
+    ]
+
+
+# command, the word before its version, what it is for
+TOOLS = (
+    ("g++", "", "builds the entropy coder"),
+    ("cmake", "version", "fetched by pip when missing"),
+    ("nvcc", "release", "builds the CUDA kernels; not needed on a CPU"),
+)
+
+
+def _tool(command: str, marker: str, purpose: str) -> Row:
+    """Version and path of a command, or what its absence means."""
+    path = shutil.which(command)
+    if path is None:
+        return command, f"not on PATH ({purpose})"
+    try:
+        ran = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return command, f"{path} does not run: {error}"
+    lines = [line for line in ran.stdout.splitlines() if marker in line] or ["unknown version"]
+    return command, f"{lines[0].strip()} ({path})"
+
+
+def _gpus() -> list[Row]:
+    """A row for each CUDA device."""
+    if not torch.cuda.is_available():
+        return [("GPU", "none that torch can use: everything runs on the CPU")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        rows.append((f"GPU {index}", f"{device.name}, sm_{device.major}{device.minor}, {memory:.0f} GiB"))
+    return rows
+
+
+def _codec() -> str:
+    try:
+        importlib.import_module("pgolf._codec")
+    except ImportError as error:
+        return f"missing ({error}): run `pip install .` with a C++ compiler"
+    return "built"
+
+
+def _kernels() -> str:
+    """Architectures the kernels were built for, and whether the first GPU is among them."""
+    module = _native.kernels()
+    if module is None:
+        return _native.why_not(torch.device("cuda", 0))
+    built = "built for " + ", ".join(f"sm_{arch}" for arch in module.archs())
+    if not torch.cuda.is_available():
+        return f"{built}; no GPU to run them"
+    reason = _native.why_not(torch.device("cuda", 0))
+    return f"{built}; not used: {reason}" if reason else f"{built}; used"
+
+
+def _attention() -> list[Row]:
+    """The attention backends in order of speed, the first usable one marked."""
+    rows: list[Row] = []
+    chosen = False
+    for name, available, reason in attention.backends():
+        state = "usable" if available else "no"
+        if available and not chosen:
+            chosen, state = True, "CHOSEN"
+        rows.append((f"attention: {name}", state if reason == "usable" else f"{state}: {reason}"))
+    return rows

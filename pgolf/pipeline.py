@@ -1,0 +1,254 @@
+"""The stages of a run on its folder: train, quantize and pack, score. Commands and the demo call these."""
+
+import dataclasses
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pgolf import __version__, artifact, banks, checkpoint, console, loading, parallel, score, ttt
+from pgolf import train as training
+from pgolf.config import Config, EvalConfig, TTTConfig, from_dict, to_dict
+from pgolf.data import build, shards
+from pgolf.data.loader import Loader
+from pgolf.data.tokenizer import Tokenizer
+from pgolf.errors import PgolfError
+from pgolf.files import make_folder, read_json, write_bytes, write_json
+from pgolf.model import BOS, GPT
+from pgolf.quantize.hessian import collect
+from pgolf.quantize.solve import quantize_state
+from pgolf.schedule import parse_contexts
+from pgolf.source import scoring_source
+
+CAP = 16_000_000  # bytes of weights and code
+TOKENIZER = "tokenizer.model"
+ARTIFACT = "model.pgolf"
+
+
+def check_data(data: Path, vocab_size: int) -> str:
+    """The SHA-256 of a data folder's tokenizer ("" when it has none), after checking that all fit together."""
+    path = data / TOKENIZER
+    if not path.exists():
+        return ""
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise PgolfError(
+            f"{path} has {tokenizer.vocab_size} tokens, the model {vocab_size}; "
+            f"use --set model.vocab_size={tokenizer.vocab_size} or other data"
+        )
+    build.verify_manifest(data, tokenizer.sha256)
+    return tokenizer.sha256
+
+
+def note(run: Path, **values: Any) -> None:
+    """Merge values into run.json (rank 0)."""
+    if parallel.rank() == 0:
+        path = run / "run.json"
+        known = read_json(path) if path.exists() else {}
+        stages = known.get("seconds", {}) | values.pop("seconds", {})
+        write_json(path, known | values | {"seconds": stages})
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and commit, for run.json."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "pgolf": __version__,
+        "commit": commit.stdout.strip() or None,
+        "device": name,
+        "ranks": parallel.world_size(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def train(
+    config: Config, data: Path, run: Path, device: torch.device, resume: bool = False, stop_after: float | None = None
+) -> None:
+    """Train into `run`; the last checkpoint holds the averaged weights that later stages use."""
+    sha = check_data(data, config.model.vocab_size)
+    files = shards.train_files(data)
+    if resume and (run / "run.json").exists():
+        known = from_dict(read_json(run / "run.json")["config"])
+        if known != config:
+            raise PgolfError(f"{run} was trained with another configuration; resume with the same recipe and settings")
+    elif not resume and run.exists() and checkpoint.checkpoints(run):
+        raise PgolfError(f"{run} already holds checkpoints; use --resume to go on or choose another folder with --out")
+    make_folder(run)
+    note(run, config=to_dict(config), seed=config.seed, tokenizer_sha256=sha, **environment(device))
+    if sha and parallel.rank() == 0:
+        write_bytes(run / TOKENIZER, (data / TOKENIZER).read_bytes())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    with console.Bar("train") as bar:
+
+        def show(p: training.Progress) -> None:
+            mode = f"{p.context}{' looped' if p.looping else ''}"
+            bar.update(
+                p.fraction,
+                f"step {p.step}  loss {p.loss:.4f}  context {mode}  {p.tokens_per_second / 1e6:.4g} Mtok/s  "
+                f"{p.flops_per_second / 1e12:.3g} TFLOP/s  {p.elapsed:.1f} s",
+            )
+
+        trainer = training.train(config, files, run, device, resume, stop_after, show)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    note(
+        run,
+        steps=trainer.step,
+        tokens=trainer.step * config.train.step_tokens,
+        train_seconds=trainer.elapsed,
+        peak_gpu_bytes=peak,
+        looping=trainer.model.looping,
+        seconds={"train": time.perf_counter() - started},
+    )
+    memory = "" if peak is None else f", peak GPU memory {peak / 2**20:,.0f} MiB"
+    console.say(f"trained {trainer.step} steps in {trainer.elapsed:.1f} s{memory}")
+
+
+def averaged_model(run: Path, device: torch.device) -> tuple[GPT, Config]:
+    """The averaged weights of a run's newest checkpoint as a float32 model."""
+    tensors, state = checkpoint.load(checkpoint.newest(run))
+    config: Config = from_dict(state["config"])
+    model = GPT(config.model)
+    weights = {name.removeprefix("average."): value for name, value in tensors.items() if name.startswith("average.")}
+    model.load_state_dict(weights)
+    model.looping = bool(state["looping"])
+    return model.to(device), config
+
+
+def quantize(
+    run: Path, data: Path, device: torch.device, assignments: Callable[[Config], Config] | None = None
+) -> Path:
+    """Calibrate, solve and pack the averaged weights of `run` into model.pgolf; prints sizes against the cap."""
+    model, config = averaged_model(run, device)
+    config = assignments(config) if assignments else config
+    sha = check_data(data, config.model.vocab_size)
+    dtype = model.dtype = training.compute_dtype(config, device)
+    settings = config.quantize
+    started = time.perf_counter()
+    context = parse_contexts(config.train.contexts)[-1][0]
+    with Loader(
+        shards.train_files(data),
+        rank=parallel.rank(),
+        world_size=parallel.world_size(),
+        step_tokens=config.train.micro_batch * parallel.world_size(),
+        micro_batch=config.train.micro_batch,
+        vocab_size=config.model.vocab_size,
+    ) as loader:
+        fresh = (loader.next_batch(context) for _ in range(settings.calibration_batches))
+        batches = ((batch.inputs, batch.cu_seqlens, batch.max_seqlen) for batch in fresh)
+        hessians, act_rms = collect(model, batches, device, dtype, all_reduce=settings.calibration == "all")
+    calibrated = time.perf_counter()
+    path = run / ARTIFACT
+    if parallel.rank() == 0:
+        matrices = banks.unbank({name: p.detach() for name, p in model.state_dict().items()}, config.model.num_layers)
+        with console.Bar("quantize", every=30.0) as bar:
+            state, _ = quantize_state(
+                matrices, hessians, act_rms, settings, lambda done, total, name: bar.update(done / total, name)
+            )
+        solved = time.perf_counter()
+        metadata = {
+            "model": to_dict(config.model),
+            "looping": model.looping,
+            "eval": to_dict(config.eval),
+            "ttt": to_dict(config.ttt),
+            "seed": config.seed,
+            "tokenizer_sha256": sha,
+        }
+        size = artifact.save(path, state, metadata, scoring_source())
+        packed = time.perf_counter()
+        note(
+            run,
+            artifact_bytes=size,
+            seconds={"calibrate": calibrated - started, "solve": solved - calibrated, "pack": packed - solved},
+        )
+        verdict = "within" if size <= CAP else f"{size - CAP:,} bytes OVER"
+        console.say(f"{path}: {size:,} bytes, weights and code; {verdict} the cap of {CAP:,}")
+    return path
+
+
+def first_documents(tokens: np.ndarray, counts: np.ndarray, documents: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The stream up to and including the BOS after the first `documents` documents."""
+    starts = np.flatnonzero(tokens == BOS)
+    if documents is None or documents >= len(starts):
+        return tokens, counts
+    end = int(starts[documents]) + 1
+    return tokens[:end], counts[:end]
+
+
+def evaluate(
+    model: GPT, data: Path, settings: EvalConfig, adapt: TTTConfig | None, seed: int, documents: int | None = None
+) -> dict[str, Any]:
+    """Score a model on the validation shards, adapting when `adapt` is given; moves its weights if so."""
+    validation = shards.load_validation(data, model.config.vocab_size)
+    started = time.perf_counter()
+    with console.Bar("adapt and score" if adapt else "score") as bar:
+
+        def show(done: int, total: int, bpb: float) -> None:
+            bar.update(done / total, f"{done:,} targets  {bpb:.5f} bpb")
+
+        if adapt:
+            result = ttt.evaluate(
+                model,
+                validation.tokens,
+                validation.bytes,
+                adapt,
+                seed,
+                looping=model.looping,
+                progress=show,
+                max_docs=documents,
+            ).score
+        else:
+            tokens, counts = first_documents(validation.tokens, validation.bytes, documents)
+            if settings.mode == "sliding":
+                result = score.sliding(model, tokens, counts, settings.context, settings.stride, settings.batch, show)
+            else:
+                result = score.segments(model, tokens, counts, settings.context, settings.batch, show)
+    seconds = time.perf_counter() - started
+    return dataclasses.asdict(result) | {"loss": result.loss, "bpb": result.bpb, "seconds": seconds}
+
+
+def load_artifact(path: Path, data: Path, device: torch.device, dtype: torch.dtype) -> loading.Loaded:
+    """Unpack an artifact and check that the data was made with its tokenizer."""
+    loaded = loading.load(path, device, dtype)
+    sha = check_data(data, loaded.model.config.vocab_size)
+    if sha and loaded.tokenizer_sha256 and sha != loaded.tokenizer_sha256:
+        raise PgolfError(
+            f"{data} was tokenized with another tokenizer than {path} was trained on; build the data again"
+        )
+    return loaded
+
+
+def report(run: Path | None, stage: str, result: dict[str, Any]) -> None:
+    """Print a score and keep it in score.json."""
+    console.say(
+        f"{stage}: {result['bpb']:.5f} bpb, {result['loss']:.5f} nats a token, {result['targets']:,} targets, "
+        f"{result['seconds']:.1f} s"
+    )
+    if run is not None and parallel.rank() == 0:
+        path = run / "score.json"
+        write_json(path, (read_json(path) if path.exists() else {}) | {stage: result})
+
+
+def score_run(config: Config, data: Path, run: Path, device: torch.device, documents: int | None = None) -> None:
+    """After training: score the weights, quantize and pack, score the artifact without and with adaptation."""
+    dtype = training.compute_dtype(config, device)
+    model, _ = averaged_model(run, device)
+    model.dtype = dtype
+    report(run, "weights", evaluate(model, data, config.eval, None, config.seed, documents))
+    path = quantize(run, data, device)
+    parallel.barrier()
+    loaded = load_artifact(path, data, device, dtype)
+    report(run, "artifact", evaluate(loaded.model, data, config.eval, None, config.seed, documents))
+    if config.ttt.enabled:
+        adapted = evaluate(loaded.model, data, config.eval, config.ttt, config.seed, documents)
+        report(run, "artifact with test-time training", adapted)

@@ -1,0 +1,53 @@
+"""The code that counts: every module that scoring an artifact needs, found by following imports."""
+
+import ast
+import json
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+ROOTS = ("loading", "score", "ttt", "data.bytes", "data.shards")
+
+
+def _path(module: str) -> Path | None:
+    base = PACKAGE.joinpath(*module.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports, without the leading "pgolf."; imports in functions count too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("pgolf.") for alias in node.names if alias.name.startswith("pgolf.")}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "pgolf":
+            base = node.module.removeprefix("pgolf").lstrip(".")
+            found.add(base)
+            found |= {f"{base}.{alias.name}".lstrip(".") for alias in node.names}
+    return {module for module in found if module and _path(module)}
+
+
+def reachable(roots: tuple[str, ...]) -> set[str]:
+    """All modules that importing `roots` brings in, roots included."""
+    seen: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        module = waiting.pop()
+        path = _path(module)
+        if module not in seen and path is not None:
+            seen.add(module)
+            waiting += imported_modules(path)
+    return seen
+
+
+def scoring_source() -> bytes:
+    """The source of all that scores an artifact, Python and C++, as JSON {file: text}; it counts toward the cap."""
+    files = [path for module in reachable(ROOTS) if (path := _path(module))]
+    for folder in (PACKAGE / "csrc" / "codec", PACKAGE.parent / "csrc" / "codec"):
+        if folder.is_dir():
+            files += [*folder.glob("*.h"), *folder.glob("*.cpp")]
+            break
+    texts = {str(path.relative_to(PACKAGE.parent)): path.read_text(encoding="utf-8") for path in sorted(files)}
+    return json.dumps(texts, sort_keys=True).encode()

@@ -1,0 +1,272 @@
+"""The training loop (recipe section 3)."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgolf import checkpoint, parallel, schedule
+from pgolf.config import Config, to_dict
+from pgolf.data.loader import Loader
+from pgolf.errors import PgolfError
+from pgolf.files import make_folder
+from pgolf.interrupt import Stopped, StopSignal
+from pgolf.model import GPT, flops_per_token
+from pgolf.ops import attention
+from pgolf.optim import Optimizer
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a log line shows."""
+
+    step: int
+    tokens: int
+    loss: float
+    lr_scale: float
+    context: int
+    looping: bool
+    tokens_per_second: float
+    flops_per_second: float
+    elapsed: float
+    fraction: float
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The type of activations that `train.dtype` asks for on this device."""
+    if config.train.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+
+
+class Trainer:
+    """One run: model, optimizer, data and the position in all curves; everything a checkpoint must hold."""
+
+    def __init__(self, config: Config, files: list[Path], run: Path, device: torch.device) -> None:
+        self.config, self.run, self.device = config, run, device
+        settings = config.train
+        world = parallel.world_size()
+        if settings.step_tokens % (settings.micro_batch * world):
+            raise PgolfError(
+                f"train.step_tokens ({settings.step_tokens}) must be a multiple of train.micro_batch "
+                f"({settings.micro_batch}) times the {world} ranks"
+            )
+        self.accumulation = settings.step_tokens // (settings.micro_batch * world)
+        attention.choose(None if settings.attention == "auto" else settings.attention)
+        self.model = GPT(config.model).initialize(config.seed).to(device)
+        self.model.dtype = compute_dtype(config, device)
+        if settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"):
+            self.model.compile_regions()
+        self.optimizer = Optimizer(self.model, settings)
+        self.loader = Loader(
+            files,
+            rank=parallel.rank(),
+            world_size=world,
+            step_tokens=settings.step_tokens,
+            micro_batch=settings.micro_batch,
+            vocab_size=config.model.vocab_size,
+        )
+        self.step = 0
+        self.elapsed = 0.0
+        self.context = schedule.context_length(settings, 0.0)
+        self.context_since: int | None = None  # step of the last context change
+
+    def fraction(self, elapsed: float) -> float:
+        """Position in every curve, 0 to 1."""
+        settings = self.config.train
+        if settings.schedule_by == "step":
+            return min(1.0, self.step / settings.steps)
+        return min(1.0, elapsed / (settings.seconds - settings.reserve_seconds))
+
+    def micro_step(self) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its share of the step's loss, 0-dim."""
+        batch = self.loader.next_batch(self.context)
+        inputs, targets, bounds = batch.inputs, batch.targets, batch.cu_seqlens
+        if self.device.type == "cuda":
+            inputs, targets, bounds = (
+                x.pin_memory().to(self.device, non_blocking=True) for x in (inputs, targets, bounds)
+            )
+            torch._dynamo.maybe_mark_dynamic(bounds, 0)  # the number of segments changes with every batch
+        loss = self.model.train_loss(inputs, targets, bounds, self.context) / self.accumulation
+        loss.backward()
+        return loss.detach()
+
+    def train_step(self, fraction: float) -> torch.Tensor:
+        """One optimizer step at `fraction` of the schedule; returns the mean loss of this rank, 0-dim."""
+        settings = self.config.train
+        context = schedule.context_length(settings, fraction)
+        if context != self.context:
+            self.context, self.context_since = context, self.step
+        self.model.looping = schedule.recurrent(settings, fraction) and self.config.model.num_loops > 0
+        losses = [self.micro_step() for _ in range(self.accumulation)]
+        self.optimizer.step(self.lr_scale(fraction), schedule.muon_momentum(settings, self.step))
+        self.optimizer.update_average()
+        self.step += 1
+        return torch.stack(losses).sum()
+
+    def lr_scale(self, fraction: float) -> float:
+        """Learning-rate multiplier of the step about to be made, re-warming included."""
+        since = None if self.context_since is None else self.step - self.context_since
+        return schedule.lr_scale(self.config.train, fraction) * schedule.rewarm(self.config.train, since)
+
+    def warm_up(self, until: float) -> None:
+        """Run every mode the schedule meets up to fraction `until`, so that all is compiled; then undo it all."""
+        settings = self.config.train
+        if settings.warmup_steps == 0:
+            return
+        tensors = {name: value.detach().cpu().clone() for name, value in self.optimizer.tensors()}
+        position = self.loader.state_dict()
+        kept = self.context, self.context_since, self.step
+        for context, looping in schedule.modes(settings, until):
+            self.context, self.model.looping = context, looping and self.config.model.num_loops > 0
+            for _ in range(settings.warmup_steps):
+                for _ in range(self.accumulation):
+                    self.micro_step()
+                self.optimizer.step(1.0, settings.muon_momentum_start)
+        self.optimizer.load(tensors)
+        self.loader.load_state_dict(position)
+        self.context, self.context_since, self.step = kept
+
+    def save(self) -> Path:
+        """Write a checkpoint (rank 0; every rank must call, momentum is gathered)."""
+        tensors = dict(self.optimizer.tensors())
+        path = checkpoint.path_of(self.run, self.step)
+        if parallel.rank() == 0:
+            state = {
+                "config": to_dict(self.config),
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "context": self.context,
+                "context_since": self.context_since,
+                "looping": self.model.looping,
+                "loader": self.loader.state_dict(),
+            }
+            checkpoint.save(self.run, self.step, tensors, state)
+        return path
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; PgolfError when it belongs to another configuration."""
+        tensors, state = checkpoint.load(path)
+        if state["config"] != to_dict(self.config):
+            raise PgolfError(f"{path} was made with another configuration; resume with the same recipe and settings")
+        self.optimizer.load(tensors)
+        self.loader.load_state_dict(state["loader"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.context, self.context_since = state["context"], state["context_since"]
+
+
+def train(
+    config: Config,
+    files: list[Path],
+    run: Path,
+    device: torch.device,
+    resume: bool = False,
+    stop_after: float | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Trainer:
+    """Train to the end of the schedule and write the last checkpoint, metrics.jsonl beside it.
+
+    `stop_after` ends early, at this many seconds (or steps with train.schedule_by=step), with the curves of the whole
+    schedule. Ctrl-C and SIGTERM save, then raise Stopped. Returns the trainer in its final state.
+    """
+    settings = config.train
+    make_folder(run)
+    if not resume and checkpoint.checkpoints(run):
+        raise PgolfError(f"{run} already holds checkpoints; use --resume to go on or choose another folder with --out")
+    trainer = Trainer(config, files, run, device)
+    try:
+        if resume:
+            trainer.load(checkpoint.newest(run))
+        by_step = settings.schedule_by == "step"
+        total = settings.steps if by_step else settings.seconds - settings.reserve_seconds
+        limit = total if stop_after is None else min(total, stop_after)
+        trainer.warm_up(limit / total)
+        with StopSignal() as stop, open(run / "metrics.jsonl", "a") as metrics:
+            _loop(trainer, limit, by_step, stop, metrics if parallel.rank() == 0 else None, progress)
+        return trainer
+    except OSError as error:
+        raise PgolfError(f"cannot write in {run}: {error.strerror}; free space or choose another folder") from error
+    finally:
+        trainer.loader.close()
+
+
+def _loop(
+    trainer: Trainer,
+    limit: float,
+    by_step: bool,
+    stop: StopSignal,
+    metrics: Any,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    settings, device = trainer.config.train, trainer.device
+    begun = time.perf_counter() - trainer.elapsed
+    saved = trainer.elapsed
+    window_started, window_tokens = trainer.elapsed, 0
+    pending: list[tuple[int, float, torch.Tensor]] = []
+    previous: Any = None
+    while True:
+        trainer.elapsed, stopping = parallel.agree(time.perf_counter() - begun, stop.wanted, device)
+        finished = trainer.step >= settings.steps or (trainer.step if by_step else trainer.elapsed) >= limit
+        if finished or stopping:
+            path = trainer.save()
+            _write(metrics, pending)
+            if stopping and not finished:
+                raise Stopped(f"stopped at step {trainer.step}; saved {path}; go on with --resume")
+            return
+        if settings.checkpoint_seconds and trainer.elapsed - saved >= settings.checkpoint_seconds:
+            trainer.save()
+            saved = trainer.elapsed
+        fraction = trainer.fraction(trainer.elapsed)
+        lr_scale = trainer.lr_scale(fraction)
+        pending.append((trainer.step, trainer.elapsed, trainer.train_step(fraction)))
+        window_tokens += settings.step_tokens
+        if device.type == "cuda":
+            # Run at most one step ahead of the GPU: the wallclock that steers the curves stays true.
+            if previous is not None:
+                previous.synchronize()
+            previous = torch.cuda.Event()
+            previous.record()
+        if trainer.step % settings.log_every == 0 or trainer.step == 1:
+            losses = torch.stack([value for _, _, value in pending])
+            parallel.mean_([losses])
+            loss = float(losses.mean())
+            pending = [(step, begin, value) for (step, begin, _), value in zip(pending, losses, strict=True)]
+            if not loss < float("inf"):
+                raise PgolfError(
+                    f"the loss became {loss} at step {trainer.step}; lower train.matrix_lr or train.embed_lr"
+                )
+            now = time.perf_counter() - begun
+            rate = window_tokens / (now - window_started)
+            window_started, window_tokens = now, 0
+            _write(metrics, pending)
+            if progress:
+                flops = flops_per_token(trainer.config.model, trainer.model.looping, trainer.context)
+                progress(
+                    Progress(
+                        trainer.step,
+                        trainer.step * settings.step_tokens,
+                        loss,
+                        lr_scale,
+                        trainer.context,
+                        trainer.model.looping,
+                        rate,
+                        rate * flops,
+                        now,
+                        fraction,
+                    )
+                )
+
+
+def _write(metrics: Any, pending: list[tuple[int, float, torch.Tensor]]) -> None:
+    """One line a step: {"step", "elapsed" (seconds at its start), "loss" (nats)}."""
+    if metrics is not None:
+        for step, elapsed, loss in pending:
+            metrics.write(json.dumps({"step": step, "elapsed": round(elapsed, 4), "loss": float(loss)}) + "\n")
+        metrics.flush()
+        os.fsync(metrics.fileno())
+    pending.clear()

@@ -1,0 +1,1 @@
+"""Scripts for people working on pgolf; not installed with it."""

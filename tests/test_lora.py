@@ -1,0 +1,163 @@
+"""Adapters against golden vectors, and what a step does to documents that are finished."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf.config import ModelConfig, TTTConfig
+from pgolf.errors import PgolfError
+from pgolf.lora import NAMES, Adapters, uniform_a
+from pgolf.model import GPT
+from pgolf.score import token_losses
+
+MODEL = ModelConfig(
+    num_layers=4, model_dim=16, num_heads=2, num_kv_heads=1, vocab_size=32, mlp_mult=2.0, rope_dims=4,
+    loop_start=1, loop_end=1, parallel_start_layer=3, xsa_last_n=4, gate_window=8,
+)  # fmt: skip
+CONFIG = TTTConfig(rank=2, alpha=4.0, lr=0.01, targets="q,k,v,o,mlp,head")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only cost time on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def adapters(documents: int = 3, config: TTTConfig = CONFIG) -> Adapters:
+    return Adapters(MODEL, GPT(MODEL).slots, config, documents, uniform_a(0))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def model_arguments(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key in ModelConfig.__dataclass_fields__}
+
+
+@pytest.mark.golden
+def test_golden_step(golden):
+    """Losses, gradients and one AdamW step of given adapters; targets, rank and shapes come from the file."""
+    base = np.load(golden("model.npz"), allow_pickle=False)
+    file = np.load(golden("ttt_step.npz"), allow_pickle=False)
+
+    def group(archive, prefix):
+        return {
+            key.removeprefix(prefix): torch.from_numpy(archive[key]) for key in archive.files if key.startswith(prefix)
+        }
+
+    model = GPT(ModelConfig(**model_arguments(json.loads(str(base["config"])))))
+    model.load_state_dict(group(base, "param."))
+    model.requires_grad_(False)
+    model.looping = True
+
+    values = group(file, "lora.")
+    stems = {re.sub(r"(\.\d+)?\.[AB]$", "", name) for name in values}
+    some_a = next(tensor for name, tensor in values.items() if name.endswith(".A"))
+    config = TTTConfig(
+        rank=some_a.shape[1],
+        alpha=float(file["alpha"]),
+        targets=",".join(target for target, stem in NAMES.items() if stem in stems),
+    )
+    lora = Adapters(model.config, model.slots, config, some_a.shape[0], uniform_a(0))
+    lora.load(values)
+
+    ids, targets = torch.from_numpy(file["input_ids"]), torch.from_numpy(file["target_ids"])
+    rows = lora.rows()
+    losses = token_losses(model, model.hidden(ids, adapters=rows), targets, rows)
+    assert relative(losses.detach(), torch.from_numpy(file["per_token_loss"])) <= 1e-5
+    losses[:, 8:24].mean(1).sum().backward()
+    gradients = lora.named_grads()
+    for name, expected in group(file, "grad.").items():
+        assert relative(gradients[name], expected) <= 1e-4, name
+    lora.step()
+    stepped = lora.named()
+    for name, expected in group(file, "stepped.").items():
+        assert relative(stepped[name], expected) <= 1e-6, name
+
+
+def test_fresh_adapters_change_nothing():
+    model = GPT(MODEL).initialize(0)
+    ids = torch.randint(0, 32, (3, 9), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.hidden(ids, adapters=adapters().rows()), model.hidden(ids))
+
+
+def test_targets_choose_the_adapted_projections():
+    rows = adapters(config=TTTConfig(rank=2, targets="k,head")).rows()
+    x = torch.ones(3, 5, 16)
+    assert rows.delta("k", 0, x).shape == (3, 5, 8)
+    assert rows.delta("head", 0, x).shape == (3, 5, 32)
+    assert rows.delta("q", 0, x) is None and rows.delta("mlp", 0, x) is None
+
+
+def test_delta_is_the_scaled_product_of_its_own_document():
+    lora = adapters()
+    weights = lora.named()
+    weights["o_loras.1.B"].normal_(generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2))
+    expected = [2.0 * x[b] @ weights["o_loras.1.A"][b].T @ weights["o_loras.1.B"][b].T for b in range(3)]
+    torch.testing.assert_close(lora.rows().delta("o", 1, x), torch.stack(expected))
+    torch.testing.assert_close(lora.rows(first=1).delta("o", 1, x[1:]), torch.stack(expected[1:]))
+
+
+def test_initial_a_is_uniform_and_repeatable():
+    draw = uniform_a(7)((3, 4, 16))
+    assert torch.equal(draw, uniform_a(7)((3, 4, 16))) and not torch.equal(draw, uniform_a(8)((3, 4, 16)))
+    wide = uniform_a(0)((1, 1000, 100))
+    assert float(wide.abs().max()) <= 0.1
+    assert float(wide.std()) == pytest.approx(0.1 / 3**0.5, rel=0.01)
+
+
+def test_step_matches_adamw_written_out_and_decays_left_out_documents():
+    lora = adapters()
+    names = list(lora.named())
+    for name in names:
+        lora.named()[name].normal_(generator=torch.Generator().manual_seed(names.index(name)))
+    before = {name: tensor.clone() for name, tensor in lora.named().items()}
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
+    lora.rows(first=1).delta("k", 0, x).square().sum().backward()
+    grad = {name: tensor.clone() for name, tensor in lora.named_grads().items()}
+    assert not grad["k_loras.0.B"][0].any() and grad["k_loras.0.B"][1:].all()
+    lora.step()
+    rate = CONFIG.lr * CONFIG.lr_mult
+    for name, tensor in lora.named().items():
+        # betas (0, b2): after one step the bias-corrected second moment is the squared gradient
+        update = rate * grad[name] / (grad[name].abs() + CONFIG.eps)
+        torch.testing.assert_close(tensor, before[name] * (1 - rate * CONFIG.weight_decay) - update)
+    assert not any(tensor.any() for tensor in lora.named_grads().values())
+
+
+def test_start_batch_keeps_a_and_reset_returns_it():
+    lora, fresh = adapters(), adapters()
+    x = torch.ones(3, 5, 16)
+    for _ in range(2):  # B moves first, then A
+        lora.rows().delta("k", 0, x).sum().backward()
+        lora.step()
+    moved = {name: tensor.clone() for name, tensor in lora.named().items()}
+    lora.start_batch()
+    for name, tensor in lora.named().items():
+        assert torch.equal(tensor, moved[name] if name.endswith("A") else torch.zeros_like(tensor))
+    # a first step after start_batch is the first step of AdamW again: its state was dropped
+    lora.reset_a()
+    for each in (lora, fresh):
+        each.rows().delta("k", 0, x).sum().backward()
+        each.step()
+    for name, tensor in fresh.named().items():
+        assert torch.equal(tensor, lora.named()[name]), name
+
+
+def test_refusals():
+    with pytest.raises(PgolfError, match="targets is empty"):
+        adapters(config=TTTConfig(targets=""))
+    lora = adapters(config=TTTConfig(rank=2, targets="head"))
+    good = {name: tensor.clone() for name, tensor in lora.named().items()}
+    with pytest.raises(PgolfError, match="lm_head_lora.B"):
+        lora.load({"lm_head_lora.A": good["lm_head_lora.A"]})
+    with pytest.raises(PgolfError, match="must have shape"):
+        lora.load(good | {"lm_head_lora.A": torch.zeros(1)})
