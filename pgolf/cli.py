@@ -37,9 +37,7 @@ def _parser(with_settings: bool) -> argparse.ArgumentParser:
 
     def common(sub: argparse.ArgumentParser, data: bool = True) -> None:
         if data:
-            sub.add_argument(
-                "--data", type=Path, required=True, metavar="DIR", help="folder of shards (pgolf data build)"
-            )
+            sub.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of shards")
         sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: CUDA when present")
 
     def recipe(sub: argparse.ArgumentParser) -> None:
@@ -58,9 +56,7 @@ def _parser(with_settings: bool) -> argparse.ArgumentParser:
         sub.add_argument("--docs", type=int, metavar="N", help="score only the first N validation documents")
 
     sub = command("demo", "train, quantize, pack and score a small model on the standard library's own documentation")
-    sub.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (default runs/demo)"
-    )
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
     _set(sub)
 
     sub = command("data", "build token shards and tokenizers from text")
@@ -249,7 +245,8 @@ def _generate(args: argparse.Namespace) -> None:
 def _doctor(args: argparse.Namespace) -> None:
     from pgolf import console, doctor
 
-    console.table("pgolf doctor", ["what", "found"], [[str(cell) for cell in row] for row in doctor.report()])
+    for what, found in doctor.report():
+        console.say(f"{what:<24} {found}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

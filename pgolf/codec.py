@@ -1,4 +1,4 @@
-"""Arrays to bytes and back, without loss: the entropy coder behind `model.pgolf` (SYSTEM section 4).
+"""Arrays to bytes and back, without loss: the entropy coder behind `model.pgolf` (recipe section 4).
 
 Quantized weights are close to Gaussian given their row scale, so an entry is predicted from the earlier entries of its
 row and coded with adaptive binary models and an arithmetic coder (`csrc/codec`). It computes in integers only: the same

@@ -79,7 +79,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training: batches, curves, optimizers (SYSTEM section 3)."""
+    """Training: batches, curves, optimizers (recipe section 3)."""
 
     seconds: float = option(600.0, "wallclock of training, seconds; every curve runs over it")
     reserve_seconds: float = option(4.0, "stop this many seconds before `seconds` (calibration time)")
@@ -134,7 +134,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Quantization (SYSTEM section 4)."""
+    """Quantization (recipe section 4)."""
 
     calibration_batches: int = option(16, "micro-batches of training data behind the Hessians")
     calibration: str = option("all", "all: Hessians averaged over ranks; rank0: the record's behaviour")
@@ -146,6 +146,7 @@ class QuantizeConfig:
     embed_clip: float = option(14.0, "range of an embedding row, in its standard deviations")
     damping: float = option(0.01, "added to the Hessian's diagonal, as a share of its mean")
     block: int = option(128, "GPTQ columns per block")
+    passthrough: int = option(65_536, "matrices of at most this many entries stay fp16")
     awq_groups: int = option(1, "most salient column groups kept at awq_bits")
     awq_group_size: int = option(64, "columns per protected group")
     awq_bits: int = option(8, "bits of protected groups")
@@ -161,6 +162,10 @@ class QuantizeConfig:
             require(2 <= getattr(self, name) <= 8, f"quantize.{name} must be 2 to 8, got {getattr(self, name)}")
         for name in ("mlp_clip", "attn_clip", "matrix_clip", "embed_clip"):
             require(getattr(self, name) > 0, f"quantize.{name} must be positive, got {getattr(self, name)}")
+        for name in ("block", "awq_group_size", "lqer_group"):
+            require(getattr(self, name) > 0, f"quantize.{name} must be positive, got {getattr(self, name)}")
+        for name in ("passthrough", "awq_groups", "lqer_rank", "lqer_top", "damping"):
+            require(getattr(self, name) >= 0, f"quantize.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -169,9 +174,7 @@ class EvalConfig:
 
     context: int = option(3072, "longest context a prediction may see, tokens")
     stride: int = option(1536, "tokens a sliding window moves by")
-    mode: str = option(
-        "sliding", "sliding: overlapping windows over the stream; segments: whole documents cut at context"
-    )
+    mode: str = option("sliding", "sliding: overlapping windows; segments: whole documents cut at context")
     batch: int = option(16, "windows scored together")
 
     def __post_init__(self) -> None:
@@ -181,7 +184,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TTTConfig:
-    """Phased test-time training (SYSTEM section 5)."""
+    """Phased test-time training (recipe section 5)."""
 
     enabled: bool = option(True, "adapt while scoring")
     batch_size: int = option(24, "documents adapted together")
@@ -214,7 +217,8 @@ class TTTConfig:
         for name in ("batch_size", "chunk_size", "context", "rank", "grad_steps", "phases", "global_chunk"):
             require(getattr(self, name) > 0, f"ttt.{name} must be positive, got {getattr(self, name)}")
         require(self.chunk_size <= self.context, "ttt.chunk_size must not exceed ttt.context")
-        self.chunk_table  # a malformed table is refused here, not at the first batch
+        for length, chunk in self.chunk_table:
+            require(length > 0 < chunk, f"ttt.short_chunks needs positive numbers, got {self.short_chunks!r}")
 
     @property
     def target_set(self) -> frozenset[str]:

@@ -41,13 +41,8 @@ class Bar:
 
     def __enter__(self) -> "Bar":
         if self._live:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(*columns, console=out)
+            text = TextColumn("{task.fields[text]}")
+            self._progress = Progress("{task.description}", BarColumn(), text, TimeRemainingColumn(), console=out)
             self._progress.start()
             self._task = self._progress.add_task(self.name, total=1.0, text="")
         return self
@@ -59,8 +54,8 @@ class Bar:
             return
         now = time.perf_counter()
         if now - self._last >= self.every or share >= 1:
-            left = (now - self._started) * (1 - share) / share if share > 0 else float("nan")
-            say(f"{self.name}  {share:6.1%}  {text}  ETA {left:.0f} s")
+            left = f"  ETA {(now - self._started) * (1 - share) / share:.0f} s" if 0 < share < 1 else ""
+            say(f"{self.name}  {share:6.1%}  {text}{left}")
             self._last = now
 
     def __exit__(

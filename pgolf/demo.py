@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import brotli
 import torch
 
-from pgolf import console, generate, loading, pipeline
+from pgolf import artifact, console, generate, loading, pipeline
 from pgolf.checkpoint import checkpoints
 from pgolf.config import Config
 from pgolf.data import build, shards, stdlib
@@ -33,6 +34,25 @@ def prepare(run: Path, config: Config) -> tuple[Path, list[str]]:
     for name in ("train", "val"):
         build.build([data / f"{name}.jsonl"], data, tokenizer, split=name)
     return data, val_text
+
+
+def coder_rows(path: Path) -> list[list[str]]:
+    """Bytes of each group of matrices: our coder, xz -9e and brotli -11 on the same integers, transposed."""
+    state, sizes = artifact.load(path).state, artifact.sizes(path)
+    rows, totals = [], [0, 0, 0]
+    for group in sorted({_group(name) for name in state if name.endswith(".q")}):
+        matrices = [state[name].T.tobytes() for name in state if name.endswith(".q") and _group(name) == group]
+        plain = b"".join(matrices)
+        xz = len(lzma.compress(plain, preset=9 | lzma.PRESET_EXTREME))
+        found = [sizes[group], xz, len(brotli.compress(plain, quality=11))]
+        totals = [total + size for total, size in zip(totals, found, strict=True)]
+        rows.append([group, *(f"{size:,}" for size in found)])
+    return [*rows, ["sum", *(f"{total:,}" for total in totals)]]
+
+
+def _group(name: str) -> str:
+    """A matrix's name without its layer."""
+    return re.sub(r"^blocks\.\d+\.", "", name)
 
 
 def run(run: Path, config: Config) -> None:
@@ -96,6 +116,7 @@ def run(run: Path, config: Config) -> None:
         ["with test-time training", f"{adapted['bpb']:.4f}"],
     ]
     console.table(f"{total:,} bytes of validation text, bits per byte", ["what", "bpb"], rows)
+    console.table("bytes of the coded integers", ["group", "pgolf", "xz -9e", "brotli -11"], coder_rows(path))
     console.say(f"artifact: {path.stat().st_size:,} bytes of weights and code")
     tokenizer = Tokenizer.load(data / pipeline.TOKENIZER)
     prompt = "Return a list of"

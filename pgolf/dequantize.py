@@ -1,4 +1,4 @@
-"""From the arrays of an artifact to the weights of the model (SYSTEM section 4). Inverse of pgolf.quantize."""
+"""From the arrays of an artifact to the weights of the model (recipe section 4). Inverse of pgolf.quantize."""
 
 import numpy as np
 from numpy.typing import NDArray

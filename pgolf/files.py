@@ -27,7 +27,8 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise PgolfError(f"cannot write {path}: {error.strerror}; free space or choose another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be unusable
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

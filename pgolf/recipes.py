@@ -16,7 +16,7 @@ def duel() -> Config:
     """The record's constants on one GPU for 300 s, in steps of 196,608 tokens."""
     return Config(
         recipe="duel",
-        train=TrainConfig(seconds=300.0, reserve_seconds=0.0, step_tokens=196608, muon_momentum_steps=300),
+        train=TrainConfig(seconds=300.0, reserve_seconds=0.0, step_tokens=196608, muon_momentum_steps=200),
         ttt=TTTConfig(prefix_docs=200),
     )
 
@@ -27,9 +27,9 @@ def demo() -> Config:
         recipe="demo",
         model=ModelConfig(
             num_layers=6,
-            model_dim=192,
-            num_heads=6,
-            num_kv_heads=3,
+            model_dim=128,
+            num_heads=4,
+            num_kv_heads=2,
             vocab_size=1024,
             mlp_mult=3.0,
             rope_dims=16,
@@ -40,7 +40,7 @@ def demo() -> Config:
             xsa_last_n=6,
         ),
         train=TrainConfig(
-            steps=300,
+            steps=200,
             schedule_by="step",
             step_tokens=8192,
             micro_batch=4096,
@@ -53,7 +53,7 @@ def demo() -> Config:
             log_every=10,
             compile="off",
         ),
-        quantize=QuantizeConfig(calibration_batches=8),
+        quantize=QuantizeConfig(calibration_batches=8, passthrough=4096),
         eval=EvalConfig(context=384, stride=192),
         ttt=TTTConfig(
             batch_size=8,

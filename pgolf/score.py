@@ -28,7 +28,7 @@ Progress = Callable[[int, int, float], None]  # (targets done, targets in all, b
 
 
 def bits_per_byte(nats: float, byte_count: float) -> float:
-    """Loss summed in nats over the bytes of original text -> bits per byte (SYSTEM section 1)."""
+    """Loss summed in nats over the bytes of original text -> bits per byte (recipe section 1)."""
     if byte_count <= 0:
         raise PgolfError("bits per byte need at least one byte of text; check the byte sidecar")
     return nats / math.log(2) / byte_count

@@ -4,6 +4,8 @@ import ast
 import json
 from pathlib import Path
 
+from pgolf.errors import PgolfError
+
 PACKAGE = Path(__file__).parent
 ROOTS = ("loading", "score", "ttt", "data.bytes", "data.shards")
 
@@ -45,9 +47,12 @@ def reachable(roots: tuple[str, ...]) -> set[str]:
 def scoring_source() -> bytes:
     """The source of all that scores an artifact, Python and C++, as JSON {file: text}; it counts toward the cap."""
     files = [path for module in reachable(ROOTS) if (path := _path(module))]
-    for folder in (PACKAGE / "csrc" / "codec", PACKAGE.parent / "csrc" / "codec"):
-        if folder.is_dir():
-            files += [*folder.glob("*.h"), *folder.glob("*.cpp")]
-            break
-    texts = {str(path.relative_to(PACKAGE.parent)): path.read_text(encoding="utf-8") for path in sorted(files)}
+    texts = {f"pgolf/{path.relative_to(PACKAGE)}": path.read_text(encoding="utf-8") for path in files}
+    # The C++ decoder: inside an installed package, beside it in a source tree.
+    folders = (PACKAGE / "csrc" / "codec", PACKAGE.parent / "csrc" / "codec")
+    decoder = next((folder for folder in folders if folder.is_dir()), None)
+    if decoder is None:
+        raise PgolfError(f"the decoder's source is missing from {folders[0]}; install pgolf again, it counts its code")
+    for path in (*decoder.glob("*.h"), *decoder.glob("*.cpp")):
+        texts[f"csrc/codec/{path.name}"] = path.read_text(encoding="utf-8")
     return json.dumps(texts, sort_keys=True).encode()

@@ -152,12 +152,13 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Continue from a checkpoint; PgolfError when it belongs to another configuration."""
         tensors, state = checkpoint.load(path)
-        if state["config"] != to_dict(self.config):
+        if state.get("config") != to_dict(self.config):
             raise PgolfError(f"{path} was made with another configuration; resume with the same recipe and settings")
         self.optimizer.load(tensors)
         self.loader.load_state_dict(state["loader"])
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.context, self.context_since = state["context"], state["context_since"]
+        self.model.looping = state["looping"]
 
 
 def train(

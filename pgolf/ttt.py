@@ -1,6 +1,6 @@
 """Phased test-time training: score a chunk of each document, then adapt that document's LoRA to it, and go on.
 
-Order of work (SYSTEM section 5): documents sorted by length are cut into batches, which run longest first. In a
+Order of work (recipe section 5): documents sorted by length are cut into batches, which run longest first. In a
 batch every document has adapters of its own; chunk by chunk the loss is recorded, and only then do the adapters
 take a step on it. When enough documents are scored, the network itself takes a few steps on them
 (`ttt_global`) and scoring goes on. A prediction so depends on nothing but earlier tokens of its document and

@@ -34,7 +34,7 @@ def cosine_lr(config: TTTConfig, chunk: int, chunks: int) -> float:
 def global_phase(model: GPT, stream: NDArray, config: TTTConfig) -> None:
     """Train all weights of `model`, in place, on `stream` (scored documents, each with its following BOS).
 
-    SYSTEM section 5. The stream is cut into chunks of `global_chunk` tokens with a learning rate each; the last,
+    recipe section 5. The stream is cut into chunks of `global_chunk` tokens with a learning rate each; the last,
     which may be short, is skipped. Of a chunk the whole rows of `eval_seq_len` are used, at most `global_rows` a
     step, `global_epochs` times over. Ranks share a chunk's rows and average their gradients; with one rank the
     result is that of a single device, with more it differs by the uneven shares, as in the record.

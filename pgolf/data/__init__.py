@@ -1,1 +1,1 @@
-"""Text to tokens to shards to batches (SYSTEM sections 1 and 3)."""
+"""Text to tokens to shards to batches (recipe sections 1 and 3)."""

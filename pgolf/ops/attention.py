@@ -118,7 +118,7 @@ _resolved = False
 
 
 def choose(name: str | None = None) -> None:
-    """Use backend `name` from now on (None: the fastest usable one). Call before compiling: imports cannot be traced."""
+    """Use backend `name` from now on (None: the fastest usable one). Call it before compiling."""
     global _active, _resolved
     usable = [row.name for row in backends() if row.available]
     if name is not None and name not in usable:

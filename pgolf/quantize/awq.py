@@ -1,6 +1,6 @@
 """AWQ-lite: find the column groups whose rounding would hurt most; GPTQ then keeps them at more bits.
 
-Paper: AWQ, arXiv:2306.00978. It rescales salient channels; the recipe (recipe section 4) widens their integers instead.
+Paper: AWQ, arXiv:2306.00978. It rescales salient channels; the recipe (section 4) widens their integers instead.
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,6 @@ from pgolf.config import QuantizeConfig
 from pgolf.errors import PgolfError
 from pgolf.quantize import awq, gates, gptq, lqer
 
-PASSTHROUGH_ENTRIES = 65_536  # matrices up to this size stay fp16: they cost little and quantize badly
 GATE_SUFFIX = ".attn_gate_w"
 
 Progress = Callable[[int, int, str], None]  # (matrices done, matrices in all, name of the one just done)
@@ -57,7 +56,7 @@ def quantize_state(
     for name, weight in matrices.items():
         if not torch.isfinite(weight).all():
             raise PgolfError(f"{name} holds infinite or undefined weights; training diverged, quantize an earlier one")
-    chosen = {name: w for name, w in matrices.items() if w.ndim == 2 and w.numel() > PASSTHROUGH_ENTRIES}
+    chosen = {name: w for name, w in matrices.items() if w.ndim == 2 and w.numel() > config.passthrough}
     _check_statistics(chosen, hessians, "Hessian", ndim=2)
     if config.awq_groups > 0:
         _check_statistics(chosen, act_rms, "input RMS", ndim=1)

@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kThreads) smear_gate_backward_kernel(const Sme
     const T* const grad = static_cast<const T*>(p.grad);
     T* const grad_e = static_cast<T*>(p.grad_e);
     const float lambda = *p.lambda;
+    constexpr int kSums = N < 4 ? N : 4;
 
     const bool smeared = lane <= kRowsPerWarp && is_smeared(p, first + lane);
     const float my_sigmoid = smeared ? row_sigmoid(e + (first + lane) * p.dim, p.weight, p.window) : 0.0f;
@@ -104,15 +105,20 @@ __global__ void __launch_bounds__(kThreads) smear_gate_backward_kernel(const Sme
 
         float dlogit = 0.0f;
         if (added) {
-            float dot = 0.0f;
+            float dots[kSums] = {};  // short chains of additions keep the error small
             for (int c = lane * N; c < p.dim; c += kWarpSize * N) {
                 float g[N], previous[N];
                 load<N>(grad + offset + c, g);
                 load<N>(e + offset - p.dim + c, previous);
 #pragma unroll
-                for (int i = 0; i < N; ++i) dot = fmaf(g[i], previous[i], dot);
+                for (int i = 0; i < N; ++i) dots[i % kSums] = fmaf(g[i], previous[i], dots[i % kSums]);
             }
-            dot = warp_sum(dot);
+#pragma unroll
+            for (int width = kSums / 2; width > 0; width /= 2) {
+#pragma unroll
+                for (int i = 0; i < width; ++i) dots[i] += dots[i + width];
+            }
+            const float dot = warp_sum(dots[0]);
             lambda_sum = fmaf(sigmoid, dot, lambda_sum);
             dlogit = lambda * sigmoid * (1.0f - sigmoid) * dot;
             if (lane == k) my_dlogit = dlogit;

@@ -1,0 +1,71 @@
+"""Several ranks give the weights of one: torchrun with gloo on the CPU."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf import checkpoint
+from pgolf.data import shards
+
+# Width and batch are cut for time; every other constant is the demo recipe's.
+SMALL = {
+    "model.model_dim": 48, "model.num_heads": 3, "model.num_kv_heads": 3, "model.vocab_size": 300,
+    "train.step_tokens": 2048, "train.micro_batch": 1024,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A shard long enough for 20 steps; its documents repeat a pattern, so that there is something to learn."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    documents = [
+        [1, *(8 + (np.arange(length) * 7 + random.integers(290)) % 290)] for length in random.integers(20, 400, 300)
+    ]
+    shards.write_shard(folder / shards.shard_name(shards.TRAIN, 0), np.concatenate(documents))
+    return folder
+
+
+def train(data, run, ranks, settings, *more):
+    """The newest checkpoint's (tensors, state) of a run in its own processes."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    words = ["-m", "pgolf", "train", "--recipe", "demo", "--device", "cpu", "--data", str(data), "--out", str(run)]
+    words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *words, *more], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained ") == 1  # one rank speaks
+    return checkpoint.load(checkpoint.newest(run))
+
+
+def farthest(one, other):
+    """(largest relative L2 distance of any tensor, its name)."""
+    assert one.keys() == other.keys()
+    distances = {}
+    for name, value in one.items():
+        scale = max(float(value.double().norm()), 1e-12)
+        distances[name] = float((value.double() - other[name].double()).norm()) / scale
+    return max((distance, name) for name, distance in distances.items())
+
+
+@pytest.mark.parametrize("curves", ["start", "whole"])
+def test_two_ranks_train_the_weights_of_one(data, tmp_path, curves):
+    """20 steps: the first of the recipe's 300, or a schedule of 20 with recurrence and both changes of context."""
+    more = ["--stop-after", "20"] if curves == "start" else []
+    settings = SMALL | ({} if curves == "start" else {"train.steps": 20})
+    alone, alone_state = train(data, tmp_path / "one", 1, settings, *more)
+    pair, pair_state = train(data, tmp_path / "two", 2, settings, *more)
+    assert alone_state["step"] == pair_state["step"] == 20
+    assert alone_state["loader"] == pair_state["loader"]
+    assert alone_state["looping"] == pair_state["looping"] == (curves == "whole")
+    weights = {name: value for name, value in alone.items() if name.startswith("model.")}
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+    distance, name = farthest(alone, pair)
+    print(curves, distance, name)
+    assert distance < 1e-5, f"{name} differs by {distance:.2e}"
