@@ -129,6 +129,14 @@ def _artifact_path(path: Path) -> Path:
     return path
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Numbers that would train or score nothing."""
+    for name in ("docs", "stop_after"):
+        value = getattr(args, name, None)
+        if value is not None and not value > 0:
+            raise PgolfError(f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
 def _demo(args: argparse.Namespace) -> None:
     from pgolf import config, demo, recipes
 
@@ -196,6 +204,7 @@ def _eval(args: argparse.Namespace) -> None:
         if run is None:
             raise PgolfError(f"--weights needs a run folder, got {args.path}")
         model, settings = pipeline.averaged_model(run, device)
+        pipeline.check_tokenizer(run, args.data, pipeline.check_data(args.data, settings.model.vocab_size))
         settings = config.override(settings, args.assignments)
         model.dtype = train.compute_dtype(settings, device)
         stage = "weights"
@@ -267,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pgolf.interrupt import Stopped
 
     try:
+        _check_numbers(args)
         handlers[args.command](args)
         return 0
     except PgolfError as error:

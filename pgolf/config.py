@@ -56,7 +56,8 @@ class ModelConfig:
             f"model.rope_dims must be even and at most the head width {self.head_dim}, got {self.rope_dims}",
         )
         require(0 < self.gate_window <= self.model_dim, "model.gate_window must be between 1 and model.model_dim")
-        require(self.num_loops >= 0, f"model.num_loops must not be negative, got {self.num_loops}")
+        require(0 <= self.num_loops <= 64, f"model.num_loops must be 0 to 64, got {self.num_loops}")
+        require(0 < self.mlp_mult < float("inf"), f"model.mlp_mult must be positive, got {self.mlp_mult}")
         if self.num_loops:
             require(
                 0 <= self.loop_start <= self.loop_end < self.num_layers,
@@ -124,7 +125,12 @@ class TrainConfig:
         require(self.clip_scope in ("rank", "global"), "train.clip_scope must be rank or global")
         require(self.micro_batch > 0, f"train.micro_batch must be positive, got {self.micro_batch}")
         require(self.steps > 0, f"train.steps must be positive, got {self.steps}")
+        require(self.log_every > 0, f"train.log_every must be positive, got {self.log_every}")
         require(0 < self.warmdown <= 1, "train.warmdown must be in (0, 1]")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"train.{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("embed_lr", "scalar_lr", "matrix_lr", "adam_eps", "embed_weight_decay", "scalar_weight_decay"):
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
         require(
             self.step_tokens > 0 and self.step_tokens % self.micro_batch == 0,
             f"train.step_tokens ({self.step_tokens}) must be a positive multiple of train.micro_batch "
@@ -178,6 +184,7 @@ class EvalConfig:
     batch: int = option(16, "windows scored together")
 
     def __post_init__(self) -> None:
+        require(self.batch > 0, f"eval.batch must be positive, got {self.batch}")
         require(self.mode in ("sliding", "segments"), "eval.mode must be sliding or segments")
         require(0 < self.stride <= self.context, "eval.stride must be between 1 and eval.context")
 
@@ -214,7 +221,8 @@ class TTTConfig:
     def __post_init__(self) -> None:
         unknown = set(self.target_set) - {"q", "k", "v", "o", "mlp", "head"}
         require(not unknown, f"ttt.targets knows q,k,v,o,mlp,head, got {', '.join(sorted(unknown))}")
-        for name in ("batch_size", "chunk_size", "context", "rank", "grad_steps", "phases", "global_chunk"):
+        sizes = ("batch_size", "chunk_size", "context", "rank", "grad_steps", "phases")
+        for name in (*sizes, "global_chunk", "global_rows", "eval_seq_len"):
             require(getattr(self, name) > 0, f"ttt.{name} must be positive, got {getattr(self, name)}")
         require(self.chunk_size <= self.context, "ttt.chunk_size must not exceed ttt.context")
         for length, chunk in self.chunk_table:
@@ -245,6 +253,9 @@ class Config:
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     ttt: TTTConfig = field(default_factory=TTTConfig)
+
+    def __post_init__(self) -> None:
+        require(-(2**63) <= self.seed < 2**63, f"seed must fit in 64 bits, got {self.seed}")
 
 
 SECTIONS = ("model", "train", "quantize", "eval", "ttt")

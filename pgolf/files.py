@@ -52,6 +52,14 @@ def read_json(path: str | Path) -> Any:
         raise PgolfError(f"{path} is not valid JSON ({error}); write it again with the command that made it") from error
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """A JSON file that holds an object; PgolfError names the file when it is anything else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise PgolfError(f"{path} holds no JSON object; write it again with the command that made it")
+    return value
+
+
 def make_folder(path: str | Path) -> Path:
     """Create a folder and its parents; PgolfError when that is not allowed."""
     path = Path(path)

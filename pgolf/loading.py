@@ -26,10 +26,19 @@ class Loaded(NamedTuple):
 
 def model_from_state(state: dict[str, np.ndarray], config: ModelConfig) -> GPT:
     """Dequantize a flat quantized state into a float32 model on the CPU; PgolfError when it does not fit `config`."""
-    model = GPT(config)
     try:
         flat = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in dequantize(state).items()}
         whole = banks.bank(flat, config.num_layers)
+        # Before anything is made of the size that the metadata claims.
+        layers, dim = config.num_layers, config.model_dim
+        for name, shape in (
+            ("tok_emb.weight", (config.vocab_size, dim)),
+            ("qo_bank", (2 * layers, dim, dim)),
+            ("mlp_up_bank", (layers, config.mlp_dim, dim)),
+        ):
+            if tuple(whole[name].shape) != shape:
+                raise ValueError(f"{name} is {list(whole[name].shape)}, not {list(shape)}")
+        model = GPT(config)
         shapes = {name: value.shape for name, value in model.state_dict().items()}
         model.load_state_dict({name: value.reshape(shapes.get(name, value.shape)) for name, value in whole.items()})
     except (KeyError, RuntimeError, ValueError) as error:

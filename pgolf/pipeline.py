@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pgolf.data import build, shards
 from pgolf.data.loader import Loader
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.errors import PgolfError
-from pgolf.files import make_folder, read_json, write_bytes, write_json
+from pgolf.files import make_folder, read_object, write_bytes, write_json
 from pgolf.model import BOS, GPT
 from pgolf.quantize.hessian import collect
 from pgolf.quantize.solve import quantize_state
@@ -45,24 +46,32 @@ def check_data(data: Path, vocab_size: int) -> str:
     return tokenizer.sha256
 
 
+def check_tokenizer(run: Path, data: Path, sha: str) -> None:
+    """PgolfError when a run was trained on data of another tokenizer than `sha` ("": not known)."""
+    path = run / "run.json"
+    known = read_object(path).get("tokenizer_sha256") if path.exists() else ""
+    if sha and known and sha != known:
+        raise PgolfError(f"{data} was tokenized with another tokenizer than {run} was trained on; build the data again")
+
+
 def note(run: Path, **values: Any) -> None:
     """Merge values into run.json (rank 0)."""
     if parallel.rank() == 0:
         path = run / "run.json"
-        known = read_json(path) if path.exists() else {}
+        known = read_object(path) if path.exists() else {}
         stages = known.get("seconds", {}) | values.pop("seconds", {})
         write_json(path, known | values | {"seconds": stages})
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and commit, for run.json."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    git = shutil.which("git")
+    words = ["-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run([git, *words], capture_output=True, text=True, check=False).stdout.strip() if git else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "pgolf": __version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
         "device": name,
         "ranks": parallel.world_size(),
         "torch": torch.__version__,
@@ -76,10 +85,13 @@ def train(
     """Train into `run`; the last checkpoint holds the averaged weights that later stages use."""
     sha = check_data(data, config.model.vocab_size)
     files = shards.train_files(data)
+    if resume:
+        checkpoint.newest(run)  # nothing is written for a run that cannot go on
     if resume and (run / "run.json").exists():
-        known = from_dict(read_json(run / "run.json")["config"])
-        if known != config:
-            raise PgolfError(f"{run} was trained with another configuration; resume with the same recipe and settings")
+        known = read_object(run / "run.json")
+        if known.get("config") != to_dict(config):
+            raise PgolfError(f"{run / 'run.json'}: another configuration; resume with the same recipe and settings")
+        check_tokenizer(run, data, sha)
     elif not resume and run.exists() and checkpoint.checkpoints(run):
         raise PgolfError(f"{run} already holds checkpoints; use --resume to go on or choose another folder with --out")
     make_folder(run)
@@ -132,6 +144,7 @@ def quantize(
     model, config = averaged_model(run, device)
     config = assignments(config) if assignments else config
     sha = check_data(data, config.model.vocab_size)
+    check_tokenizer(run, data, sha)
     dtype = model.dtype = training.compute_dtype(config, device)
     settings = config.quantize
     started = time.perf_counter()
@@ -236,7 +249,7 @@ def report(run: Path | None, stage: str, result: dict[str, Any]) -> None:
     )
     if run is not None and parallel.rank() == 0:
         path = run / "score.json"
-        write_json(path, (read_json(path) if path.exists() else {}) | {stage: result})
+        write_json(path, (read_object(path) if path.exists() else {}) | {stage: result})
 
 
 def score_run(config: Config, data: Path, run: Path, device: torch.device, documents: int | None = None) -> None:

@@ -16,7 +16,7 @@ def duel() -> Config:
     """The record's constants on one GPU for 300 s, in steps of 196,608 tokens."""
     return Config(
         recipe="duel",
-        train=TrainConfig(seconds=300.0, reserve_seconds=0.0, step_tokens=196608, muon_momentum_steps=200),
+        train=TrainConfig(seconds=300.0, reserve_seconds=0.0, step_tokens=196608, muon_momentum_steps=300),
         ttt=TTTConfig(prefix_docs=200),
     )
 

@@ -11,7 +11,7 @@ ROOTS = ("loading", "score", "ttt", "data.bytes", "data.shards")
 
 
 def _path(module: str) -> Path | None:
-    base = PACKAGE.joinpath(*module.split("."))
+    base = PACKAGE.joinpath(*filter(None, module.split(".")))
     for path in (base.with_suffix(".py"), base / "__init__.py"):
         if path.is_file():
             return path
@@ -40,6 +40,7 @@ def reachable(roots: tuple[str, ...]) -> set[str]:
         path = _path(module)
         if module not in seen and path is not None:
             seen.add(module)
+            waiting.append(module.rpartition(".")[0])  # its package runs first
             waiting += imported_modules(path)
     return seen
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pgolf import checkpoint, parallel, schedule
 from pgolf.config import Config, to_dict
 from pgolf.data.loader import Loader
 from pgolf.errors import PgolfError
-from pgolf.files import make_folder
+from pgolf.files import make_folder, write_bytes
 from pgolf.interrupt import Stopped, StopSignal
 from pgolf.model import GPT, flops_per_token
 from pgolf.ops import attention
@@ -75,6 +76,7 @@ class Trainer:
         self.elapsed = 0.0
         self.context = schedule.context_length(settings, 0.0)
         self.context_since: int | None = None  # step of the last context change
+        self.last_lr_scale = 0.0  # of the last step made
 
     def fraction(self, elapsed: float) -> float:
         """Position in every curve, 0 to 1."""
@@ -104,7 +106,8 @@ class Trainer:
             self.context, self.context_since = context, self.step
         self.model.looping = schedule.recurrent(settings, fraction) and self.config.model.num_loops > 0
         losses = [self.micro_step() for _ in range(self.accumulation)]
-        self.optimizer.step(self.lr_scale(fraction), schedule.muon_momentum(settings, self.step))
+        self.last_lr_scale = self.lr_scale(fraction)
+        self.optimizer.step(self.last_lr_scale, schedule.muon_momentum(settings, self.step))
         self.optimizer.update_average()
         self.step += 1
         return torch.stack(losses).sum()
@@ -187,6 +190,9 @@ def train(
         total = settings.steps if by_step else settings.seconds - settings.reserve_seconds
         limit = total if stop_after is None else min(total, stop_after)
         trainer.warm_up(limit / total)
+        if parallel.rank() == 0:
+            _forget(run / "metrics.jsonl", trainer.step)
+        parallel.barrier()
         with StopSignal() as stop, open(run / "metrics.jsonl", "a") as metrics:
             _loop(trainer, limit, by_step, stop, metrics if parallel.rank() == 0 else None, progress)
         return trainer
@@ -214,16 +220,18 @@ def _loop(
         trainer.elapsed, stopping = parallel.agree(time.perf_counter() - begun, stop.wanted, device)
         finished = trainer.step >= settings.steps or (trainer.step if by_step else trainer.elapsed) >= limit
         if finished or stopping:
-            path = trainer.save()
+            _losses(pending, trainer.step)
             _write(metrics, pending)
+            path = trainer.save()
             if stopping and not finished:
                 raise Stopped(f"stopped at step {trainer.step}; saved {path}; go on with --resume")
             return
         if settings.checkpoint_seconds and trainer.elapsed - saved >= settings.checkpoint_seconds:
+            _losses(pending, trainer.step)
+            _write(metrics, pending)
             trainer.save()
             saved = trainer.elapsed
         fraction = trainer.fraction(trainer.elapsed)
-        lr_scale = trainer.lr_scale(fraction)
         pending.append((trainer.step, trainer.elapsed, trainer.train_step(fraction)))
         window_tokens += settings.step_tokens
         if device.type == "cuda":
@@ -233,14 +241,7 @@ def _loop(
             previous = torch.cuda.Event()
             previous.record()
         if trainer.step % settings.log_every == 0 or trainer.step == 1:
-            losses = torch.stack([value for _, _, value in pending])
-            parallel.mean_([losses])
-            loss = float(losses.mean())
-            pending = [(step, begin, value) for (step, begin, _), value in zip(pending, losses, strict=True)]
-            if not loss < float("inf"):
-                raise PgolfError(
-                    f"the loss became {loss} at step {trainer.step}; lower train.matrix_lr or train.embed_lr"
-                )
+            loss = _losses(pending, trainer.step)
             now = time.perf_counter() - begun
             rate = window_tokens / (now - window_started)
             window_started, window_tokens = now, 0
@@ -252,7 +253,7 @@ def _loop(
                         trainer.step,
                         trainer.step * settings.step_tokens,
                         loss,
-                        lr_scale,
+                        trainer.last_lr_scale,
                         trainer.context,
                         trainer.model.looping,
                         rate,
@@ -261,6 +262,33 @@ def _loop(
                         fraction,
                     )
                 )
+
+
+def _losses(pending: list[tuple[int, float, torch.Tensor]], at: int) -> float:
+    """Average the pending losses over ranks in place; their mean. PgolfError when it is not finite."""
+    if not pending:
+        return 0.0
+    losses = torch.stack([value for _, _, value in pending])
+    parallel.mean_([losses])
+    pending[:] = [(step, begin, value) for (step, begin, _), value in zip(pending, losses, strict=True)]
+    loss = float(losses.mean())
+    if not math.isfinite(loss):
+        raise PgolfError(f"the loss became {loss} at step {at}; lower train.matrix_lr or train.embed_lr")
+    return loss
+
+
+def _forget(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl from `step` on: a run that died after its checkpoint makes those steps again."""
+    if path.exists():
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] >= step:
+                    break
+            except (ValueError, KeyError, TypeError):  # cut short
+                break
+            kept.append(line)
+        write_bytes(path, b"".join(kept))
 
 
 def _write(metrics: Any, pending: list[tuple[int, float, torch.Tensor]]) -> None:

@@ -1,5 +1,6 @@
 """Several ranks give the weights of one: torchrun with gloo on the CPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,10 +12,10 @@ import torch
 from pgolf import checkpoint
 from pgolf.data import shards
 
-# Width and batch are cut for time; every other constant is the demo recipe's.
+# Width and batch are cut for time, and log lines moved; every other constant is the demo recipe's.
 SMALL = {
     "model.model_dim": 48, "model.num_heads": 3, "model.num_kv_heads": 3, "model.vocab_size": 300,
-    "train.step_tokens": 2048, "train.micro_batch": 1024,
+    "train.step_tokens": 2048, "train.micro_batch": 1024, "train.log_every": 7,
 }  # fmt: skip
 
 
@@ -44,6 +45,13 @@ def train(data, run, ranks, settings, *more):
     return checkpoint.load(checkpoint.newest(run))
 
 
+def losses_of(run):
+    """The loss of each step, from metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(20))
+    return [line["loss"] for line in lines]
+
+
 def farthest(one, other):
     """(largest relative L2 distance of any tensor, its name)."""
     assert one.keys() == other.keys()
@@ -67,5 +75,6 @@ def test_two_ranks_train_the_weights_of_one(data, tmp_path, curves):
     weights = {name: value for name, value in alone.items() if name.startswith("model.")}
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
     distance, name = farthest(alone, pair)
-    print(curves, distance, name)
     assert distance < 1e-5, f"{name} differs by {distance:.2e}"
+    # The loss of a step is that of all ranks, also of steps behind the last log line.
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-6)

@@ -162,6 +162,25 @@ def test_metrics_written_after_the_checkpoint_are_replaced(data, whole, tmp_path
     assert_same_run(whole, run)
 
 
+def test_death_between_log_lines_leaves_no_gap(data, whole, tmp_path, monkeypatch):
+    """Checkpoints come between log lines too; the losses up to one must be on disk when it is."""
+    run = tmp_path / "run"
+    options = {"checkpoint_seconds": 1e-9, "log_every": 50}
+    honest = training.Trainer.train_step
+
+    def dies(trainer, fraction):
+        if trainer.step == 7:
+            raise MemoryError
+        return honest(trainer, fraction)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(training.Trainer, "train_step", dies)
+        go(data, run, **options)
+    assert state_of(run)[1]["step"] == 7
+    go(data, run, resume=True, **options)
+    assert_same_run(whole, run)
+
+
 def test_sigterm_saves_and_resuming_gives_the_same_bits(data, tmp_path):
     steps = 150
     run, reference = tmp_path / "run", tmp_path / "reference"
