@@ -73,13 +73,16 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"pgolf's CUDA kernels are not used, PyTorch operators run instead: {reason}", stacklevel=3)
 
 
-@torch.compiler.assume_constant_result
 def available(device: torch.device) -> bool:
     """Whether the compiled kernels run on `device`. A CUDA device without them is reported by one warning."""
     reason = why_not(device)
     if reason and device.type == "cuda":
         _warn_once(reason)
     return not reason
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler (a second) just to import pgolf.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def dtype_code(tensor: torch.Tensor) -> int:
