@@ -47,14 +47,15 @@ class Bar:
             self._task = self._progress.add_task(self.name, total=1.0, text="")
         return self
 
-    def update(self, share: float, text: str) -> None:
-        """Show that `share` (0 to 1) is done."""
+    def update(self, share: float, text: str, elapsed: float | None = None) -> None:
+        """Show that `share` (0 to 1) is done, after `elapsed` seconds of this work (default: since the bar began)."""
         if self._live:
             self._progress.update(self._task, completed=share, text=text)
             return
         now = time.perf_counter()
         if now - self._last >= self.every or share >= 1:
-            left = f"  ETA {(now - self._started) * (1 - share) / share:.0f} s" if 0 < share < 1 else ""
+            worked = now - self._started if elapsed is None else elapsed
+            left = f"  ETA {worked * (1 - share) / share:.0f} s" if 0.001 < share < 1 else ""
             say(f"{self.name}  {share:6.1%}  {text}{left}")
             self._last = now
 

@@ -109,6 +109,7 @@ def train(
                 p.fraction,
                 f"step {p.step}  loss {p.loss:.4f}  context {mode}  {p.tokens_per_second / 1e6:.4g} Mtok/s  "
                 f"{p.flops_per_second / 1e12:.3g} TFLOP/s  {p.elapsed:.1f} s",
+                p.elapsed,
             )
 
         trainer = training.train(config, files, run, device, resume, stop_after, show)
