@@ -275,21 +275,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     from pgolf.interrupt import Stopped
 
+    code = 0
     try:
         _check_numbers(args)
         handlers[args.command](args)
-        return 0
     except PgolfError as error:
         print(f"pgolf: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except Stopped as stopped:
         print(f"pgolf: {stopped}", file=sys.stderr)
-        return INTERRUPTED
+        code = INTERRUPTED
     except KeyboardInterrupt:
         print("pgolf: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        if "torch" in sys.modules:
-            from pgolf import parallel
+        code = INTERRUPTED
+    if "torch" not in sys.modules:
+        return code
+    from pgolf import parallel
 
-            parallel.stop()
+    return parallel.leave(code)

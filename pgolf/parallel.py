@@ -1,6 +1,7 @@
 """Ranks: one process a device, started by torchrun; a single process needs nothing."""
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,19 @@ def start(device: str = "auto") -> torch.device:
     return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
 
 
-def stop() -> None:
-    """Leave the group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave(code: int) -> int:
+    """End this rank's part of the work; returns `code`, or ends the process with it where there are several ranks.
+
+    A gloo worker thread may still be about to drop the tensors of the last collective. For that it wants the GIL, and
+    a Python that is shutting down aborts such a thread and the process with it; so a rank skips Python's shutdown.
+    """
+    if not dist.is_initialized():
+        return code
+    if code == 0:
+        dist.barrier()  # nobody closes a connection that another rank still reads
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def barrier() -> None:

@@ -42,7 +42,7 @@ def main() -> int:
     failed = []
     for tool in tools:
         print(f"== {tool}", flush=True)
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=pgolf"]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=pgolf"]
         command += [sys.executable, "-m", "pytest", "tests/test_ops.py", "-q", "-m", "gpu", "-k", CHOSEN]
         if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
             failed.append(tool)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pgolf import parallel
 from pgolf.banks import BANKS, bank, unbank
 from pgolf.config import ModelConfig, QuantizeConfig
 from pgolf.dequantize import dequantize
@@ -545,7 +546,7 @@ def as_rank(rank: int, folder: str) -> None:
     for all_reduce in (True, False):
         hessians, act_rms = collect(small_model(), batches, "cpu", torch.float32, all_reduce=all_reduce)
         torch.save([hessians, act_rms], f"{folder}/{rank}-{all_reduce}")
-    dist.destroy_process_group()
+    parallel.leave(0)
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:

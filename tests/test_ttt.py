@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pgolf import score, ttt
+from pgolf import parallel, score, ttt
 from pgolf.config import ModelConfig, TTTConfig
 from pgolf.errors import PgolfError
 from pgolf.model import BOS, GPT
@@ -380,7 +380,7 @@ def one_rank(rank: int, size: int, folder: str) -> None:
     assert all(torch.equal(flat, other) for other in every)  # the ranks' networks stay the same network
     if rank == 0:
         np.savez(os.path.join(folder, "scores.npz"), plain=plain.nats, frozen=frozen.nats)
-    dist.destroy_process_group()
+    parallel.leave(0)
 
 
 def test_two_ranks_score_what_one_scores(tmp_path):
