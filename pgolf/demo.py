@@ -51,8 +51,8 @@ def coder_rows(path: Path) -> list[list[str]]:
 
 
 def _group(name: str) -> str:
-    """A matrix's name without its layer."""
-    return re.sub(r"^blocks\.\d+\.", "", name)
+    """The artifact's section of a coded matrix: blocks.3.mlp.fc.weight.q -> mlp.fc."""
+    return re.sub(r"^blocks\.\d+\.", "", name).removesuffix(".weight.q")
 
 
 def run(run: Path, config: Config) -> None:
