@@ -77,14 +77,21 @@ def agree(elapsed: float, stop_now: bool, device: torch.device) -> tuple[float, 
     return elapsed, bool(flag)
 
 
+def _padded(bank: torch.Tensor) -> torch.Tensor:
+    """A copy of a bank [n, ...] with zero slices appended, so that every rank gets as many."""
+    world = world_size()
+    padded = bank.new_zeros(-(-len(bank) // world) * world, *bank.shape[1:])
+    padded[: len(bank)] = bank
+    return padded
+
+
 def scatter_mean(bank: torch.Tensor) -> torch.Tensor:
     """Average a bank [n, ...] over ranks and return this rank's share of slices, n padded with zeros to a multiple."""
     world = world_size()
     if world == 1:
         return bank
-    share = -(-len(bank) // world)
-    padded = bank.new_zeros(share * world, *bank.shape[1:])
-    padded[: len(bank)] = bank
+    padded = _padded(bank)
+    share = len(padded) // world
     if dist.get_backend() == "gloo":  # gloo has no reduce-scatter
         dist.all_reduce(padded)
         mine = padded[rank() * share : (rank() + 1) * share].clone()
@@ -109,7 +116,6 @@ def cut(bank: torch.Tensor) -> torch.Tensor:
     world = world_size()
     if world == 1:
         return bank
-    share = -(-len(bank) // world)
-    padded = bank.new_zeros(share * world, *bank.shape[1:])
-    padded[: len(bank)] = bank
+    padded = _padded(bank)
+    share = len(padded) // world
     return padded[rank() * share : (rank() + 1) * share].clone()
