@@ -150,6 +150,7 @@ class Trainer:
                 "loader": self.loader.state_dict(),
             }
             checkpoint.save(self.run, self.step, tensors, state)
+        parallel.barrier()  # the next stage reads it on every rank
         return path
 
     def load(self, path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf import checkpoint
+from pgolf import checkpoint, cli
 from pgolf.data import shards
 
 # Width and batch are cut for time, and log lines moved; every other constant is the demo recipe's.
@@ -31,17 +31,23 @@ def data(tmp_path_factory):
     return folder
 
 
-def train(data, run, ranks, settings, *more):
-    """The newest checkpoint's (tensors, state) of a run in its own processes."""
+def pgolf(command, data, run, ranks, settings, *more):
+    """What a command of its own processes prints."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    words = ["-m", "pgolf", "train", "--recipe", "demo", "--device", "cpu", "--data", str(data), "--out", str(run)]
+    words = ["-m", "pgolf", command, "--recipe", "demo", "--device", "cpu", "--data", str(data), "--out", str(run)]
     words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *words, *more], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained ") == 1  # one rank speaks
+    return done.stdout
+
+
+def train(data, run, ranks, settings, *more):
+    """The newest checkpoint's (tensors, state) of a run."""
+    pgolf("train", data, run, ranks, settings, *more)
     return checkpoint.load(checkpoint.newest(run))
 
 
@@ -64,7 +70,7 @@ def farthest(one, other):
 
 @pytest.mark.parametrize("curves", ["start", "whole"])
 def test_two_ranks_train_the_weights_of_one(data, tmp_path, curves):
-    """20 steps: the first of the recipe's 300, or a schedule of 20 with recurrence and both changes of context."""
+    """20 steps: the first of the recipe's, or a schedule of 20 with recurrence and both changes of context."""
     more = ["--stop-after", "20"] if curves == "start" else []
     settings = SMALL | ({} if curves == "start" else {"train.steps": 20})
     alone, alone_state = train(data, tmp_path / "one", 1, settings, *more)
@@ -78,3 +84,22 @@ def test_two_ranks_train_the_weights_of_one(data, tmp_path, curves):
     assert distance < 1e-5, f"{name} differs by {distance:.2e}"
     # The loss of a step is that of all ranks, also of steps behind the last log line.
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-6)
+
+
+def test_two_ranks_do_the_whole_job(data, tmp_path):
+    """Train, quantize, pack and score under torchrun; without adaptation the score is one rank's."""
+    random = np.random.default_rng(1)
+    tokens = np.concatenate([[1, *random.integers(8, 290, length)] for length in (30, 12, 50, 9)])
+    shards.write_shard(data / shards.shard_name(shards.VAL, 0), tokens)
+    shards.write_shard(data / shards.shard_name(shards.VAL_BYTES, 0), (tokens != 1) * 2)
+    settings = SMALL | {"train.steps": 2, "quantize.calibration_batches": 1, "ttt.prefix_docs": 2, "ttt.batch_size": 2}
+    printed = pgolf("run", data, tmp_path / "run", 2, settings)
+    assert printed.count("weights and code") == 1
+    scores = json.loads((tmp_path / "run" / "score.json").read_text())
+    assert set(scores) == {"weights", "artifact", "artifact with test-time training"}
+    assert {score["targets"] for score in scores.values()} == {len(tokens) - 1}
+    for options, stage in ((["--weights"], "weights"), ([], "artifact")):
+        words = ["eval", str(tmp_path / "run"), "--data", str(data), "--device", "cpu", "--no-ttt", *options]
+        assert cli.main(words) == 0
+        alone = json.loads((tmp_path / "run" / "score.json").read_text())[stage]
+        assert alone["bpb"] == pytest.approx(scores[stage]["bpb"], rel=1e-6)
