@@ -1,10 +1,13 @@
 """What this machine offers pgolf: compilers, torch, GPU, compiled modules, attention backends and why not better."""
 
 import importlib
+import json
 import os
 import platform
 import shutil
 import subprocess
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -70,15 +73,27 @@ def _codec() -> str:
 
 
 def _kernels() -> str:
-    """Architectures the kernels were built for, and whether the first GPU is among them."""
+    """Architectures the kernels were built for, whether any spills, and which of them the first GPU runs."""
     module = _native.kernels()
     if module is None:
         return _native.why_not(torch.device("cuda", 0))
-    built = "built for " + ", ".join(f"sm_{arch}" for arch in module.archs())
+    built = "built for " + ", ".join(f"sm_{arch}" for arch in module.archs()) + _resources(module)
     if not torch.cuda.is_available():
         return f"{built}; no GPU to run them"
-    reason = _native.why_not(torch.device("cuda", 0))
-    return f"{built}; not used: {reason}" if reason else f"{built}; used"
+    device = torch.device("cuda", 0)
+    reason = _native.why_not(device)
+    return f"{built}; not used: {reason}" if reason else f"{built}; used: {_native.build_of(device)}"
+
+
+def _resources(module: ModuleType) -> str:
+    """What the build's table beside the module says of spills, as the end of a list; nothing without the table."""
+    path = Path(module.__file__ or "").with_name("kernel_resources.json")
+    if not path.is_file():
+        return ""
+    kernels = json.loads(path.read_text())
+    names = {(kernel["file"], kernel["name"]) for kernel in kernels}
+    spilling = {(kernel["file"], kernel["name"]) for kernel in kernels if kernel["spilled"]}
+    return f"; {len(names)} kernels, {len(spilling) or 'none'} spilling registers"
 
 
 def _attention() -> list[Row]:

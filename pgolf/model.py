@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
 from pgolf.ops.attention import attention
+from pgolf.ops.cross_entropy import cross_entropy
+from pgolf.ops.mlp import mlp as fused_mlp
 from pgolf.ops.smear_gate import smear_gate
 
 BOS = 1
@@ -101,11 +103,13 @@ def attend(n: Tensor, layer: Layer, context: Context, xsa: bool, delta: Any = No
 
 def mlp(n: Tensor, layer: Layer, delta: Any = None, observe: Any = None) -> Tensor:
     """The MLP branch: down(leaky_relu(up(n), 0.5) squared), n [B, T, D] -> [B, T, D]."""
-    hidden = F.leaky_relu(F.linear(n, layer.up), 0.5).square()
-    if observe is not None:
+    if observe is None:
+        out = fused_mlp(n, layer.up, layer.down)
+    else:
+        hidden = F.leaky_relu(F.linear(n, layer.up), 0.5).square()
         observe(("mlp.fc",), n)
         observe(("mlp.proj",), hidden)
-    out = F.linear(hidden, layer.down)
+        out = F.linear(hidden, layer.down)
     return out if delta is None else _add(out, delta("mlp", n))
 
 
@@ -153,8 +157,7 @@ def mix_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
 
 def softcapped_cross_entropy(h: Tensor, embedding: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Mean cross-entropy in nats of cap * tanh(z / cap), z = h embedding^T, in float32. h [.., D], targets [..]."""
-    logits = F.linear(h.flatten(0, -2), embedding.to(h.dtype)).float()
-    return F.cross_entropy(cap * torch.tanh(logits / cap), targets.flatten())
+    return cross_entropy(h, embedding.to(h.dtype), targets, cap)
 
 
 class _Attention(nn.Module):

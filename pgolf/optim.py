@@ -8,42 +8,16 @@ from torch import Tensor
 from pgolf import parallel
 from pgolf.config import TrainConfig
 from pgolf.model import GPT
+from pgolf.ops.polar_express import orthogonalize, polar_express
 
-# Polar Express coefficients (Amsel et al., arXiv:2505.16932), one triple per step.
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-FLOOR = 1e-7
-
-
-def orthogonalize(update: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly: bfloat16 [n, rows, cols] -> bfloat16, same shape.
-
-    Every row is normalized first; then five Polar Express steps on the wide orientation. Every intermediate is
-    rounded to bfloat16 on purpose: keeping them wider changes the update by several per cent.
-    """
-    x = update / update.norm(dim=-1, keepdim=True).clamp_min(FLOOR)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + FLOOR)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+__all__ = ["Optimizer", "muon_update", "orthogonalize"]
 
 
 def muon_update(weight: Tensor, grad: Tensor, momentum: Tensor, lr: float, mu: float, weight_decay: float) -> None:
     """One Muon step in place on float32 weight [n, rows, cols]; momentum is a bfloat16 buffer of that shape."""
-    grad = grad.bfloat16()
-    momentum.mul_(mu).add_(grad)
-    direction = orthogonalize(grad.add(momentum, alpha=mu))  # one rounding, not two
+    direction = polar_express(grad, momentum, mu)
     scale = max(1.0, weight.shape[-2] / weight.shape[-1]) ** 0.5
-    weight.mul_(1 - lr * weight_decay).sub_(direction.float(), alpha=lr * scale)
+    weight.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr * scale)
 
 
 class Optimizer:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pgolf.errors import PgolfError
 from pgolf.model import BOS, GPT, AdapterSet
+from pgolf.ops.cross_entropy import token_losses as fused_token_losses
 
 HEAD_ROWS = 4096  # positions whose logits exist at once: 4096 x 8192 float32 are 134 MB
 PAD_SEGMENTS = 64  # boundary arrays are padded to a multiple of this, as in training
@@ -122,6 +123,9 @@ def pad_boundaries(edges: NDArray, device: torch.device) -> Tensor:
 
 def token_losses(model: GPT, hidden: Tensor, targets: Tensor, adapters: AdapterSet | None = None) -> Tensor:
     """Evaluation loss in nats, float32: hidden [B, T, D], targets [B, T] -> [B, T]; logits as softcapped in eval."""
+    if adapters is None and hidden.is_cuda and not torch.is_grad_enabled():
+        weight = model.tok_emb.weight.to(hidden.dtype)
+        return fused_token_losses(hidden, weight, targets, model.softcap_pos, model.softcap_neg)
     logits = model.eval_logits(hidden, adapters=adapters)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 

@@ -236,14 +236,17 @@ def test_model_dequantizes_to_golden(golden: Golden) -> None:
 # GPTQ
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.995), (torch.float64, 1.0)])
 @pytest.mark.parametrize("block", [1, 7, 48, 128])
 @pytest.mark.parametrize(("rows", "cols", "bits", "dead"), [(16, 48, 6, 0), (9, 33, 4, 5), (1, 20, 8, 1), (5, 2, 3, 0)])
-def test_solve_equals_float64_column_by_column(rows: int, cols: int, bits: int, dead: int, block: int) -> None:
+def test_solve_equals_float64_column_by_column(
+    rows: int, cols: int, bits: int, dead: int, block: int, dtype: torch.dtype, share: float
+) -> None:
     weight, hessian = correlated(rows, cols, seed=rows)
     hessian[:dead] = 0
     hessian[:, :dead] = 0
-    result = gptq.solve(weight, hessian, 6.0, bits, block=block, damping=0.02)
-    assert_integers(result.q, obq_float64(weight, hessian, result, bits, 0.02), "q")
+    result = gptq.solve(weight, hessian, 6.0, bits, block=block, damping=0.02, dtype=dtype)
+    assert_integers(result.q, obq_float64(weight, hessian, result, bits, 0.02), "q", share)
     spread = 6.0 * weight.double().std(dim=1) / (2 ** (bits - 1) - 1)
     torch.testing.assert_close(result.scale.double(), spread, rtol=2**-10, atol=0)
 
@@ -339,10 +342,10 @@ def test_arguments_are_left_alone() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_solve_on_the_gpu_equals_the_cpu() -> None:
     weight, hessian = correlated(64, 256, seed=5)
-    on_cpu = gptq.solve(weight, hessian, 12.0, 6, protected=[(64, 64)])
+    on_cpu = gptq.solve(weight, hessian, 12.0, 6, protected=[(64, 64)], dtype=torch.float64)
     on_gpu = gptq.solve(weight.cuda(), hessian.cuda(), 12.0, 6, protected=[(64, 64)])
-    assert_integers(on_gpu.q.cpu(), on_cpu.q, "q")
-    torch.testing.assert_close(on_gpu.scale.cpu(), on_cpu.scale, rtol=2**-10, atol=0)
+    assert_integers(on_gpu.q.cpu(), on_cpu.q, "q", share=1.0)
+    assert torch.equal(on_gpu.scale.cpu(), on_cpu.scale)
 
 
 # AWQ, LQER, gates

@@ -1,4 +1,4 @@
-// Every operator's parameters and launch functions: what bind.cpp and the kernels agree on.
+// What every operator shares: element types, builds, and where a launch goes. One header an operator is in ops/.
 //
 // Launch functions never allocate and never synchronize: the caller owns all memory, scratch included. They work on
 // the given stream of the current device and throw std::runtime_error when the launch fails. Tensors are contiguous.
@@ -12,43 +12,15 @@ namespace pgolf {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
-// out[r] = e[r] + lambda * sigmoid(weight . e[r, :window]) * e[r - 1], where row r is not the first of its sequence
-// and ids[r] is not `bos`; otherwise out[r] = e[r]. A row is one token: sequence r / length, position r % length.
-struct SmearGateForward {
-    DType dtype;           // of e and out
-    const void* e;         // [rows, dim]
-    const int64_t* ids;    // [rows]
-    const float* weight;   // [window]
-    const float* lambda;   // [1]
-    void* out;             // [rows, dim]
-    int64_t rows, length;  // length divides rows
-    int dim, window;       // window <= dim
-    int64_t bos;
+// Which folder's kernels run: generic/ (any GPU from sm_80) or sm90/ (TMA and wgmma), where an operator has such a
+// file.
+enum class Build : int { kNone = 0, kGeneric = 1, kSm90 = 2 };
+
+// Where a launch goes.
+struct Target {
+    Build build;
+    int shared_memory;  // bytes a block may use (opt-in): generic kernels choose their tiles by it
+    cudaStream_t stream;
 };
 
-struct SmearGateBackward {
-    DType dtype;          // of grad, e and grad_e
-    const void* grad;     // [rows, dim], gradient of `out`
-    const void* e;        // [rows, dim]
-    const int64_t* ids;   // [rows]
-    const float* weight;  // [window]
-    const float* lambda;  // [1]
-    void* grad_e;         // [rows, dim]
-    float* grad_weight;   // [window]
-    float* grad_lambda;   // [1]
-    float* scratch;       // [smear_gate_scratch(rows, window)]
-    int64_t rows, length;
-    int dim, window;
-    int64_t bos;
-};
-
-namespace generic {
-
-void smear_gate_forward(const SmearGateForward& params, cudaStream_t stream);
-void smear_gate_backward(const SmearGateBackward& params, cudaStream_t stream);
-
-// Floats of scratch that smear_gate_backward needs.
-int64_t smear_gate_scratch(int64_t rows, int64_t window);
-
-}  // namespace generic
 }  // namespace pgolf

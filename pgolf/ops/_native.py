@@ -1,9 +1,10 @@
 """The compiled CUDA kernels: loaded when first asked for, on the GPUs they were built for, with torch's streams."""
 
+import contextlib
 import functools
 import importlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 import torch
@@ -57,9 +58,8 @@ def why_not(device: torch.device) -> str:
         return reason
     properties = torch.cuda.get_device_properties(device)
     name = f"{properties.name} (compute capability {properties.major}.{properties.minor})"
-    shared_memory: int = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)  # every GPU grants 48 KiB
-    if module.build_for(properties.major, properties.minor, shared_memory) == "none":
-        return f"{name} is not supported; they need compute capability 8.0"
+    if _build_of(device) == "none":
+        return f"{name} is not supported; they need compute capability 8.0 and 96 KiB of shared memory a block"
     if not runs_on(module.archs(), properties.major, properties.minor):
         return (
             f"they were built for sm_{', sm_'.join(module.archs())}, not for {name}; rebuild with "
@@ -83,6 +83,51 @@ def available(device: torch.device) -> bool:
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler (a second) just to import pgolf.
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# Not a context variable: autograd runs the backward in a thread of its own, which must see it.
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def forced(build: str) -> Iterator[None]:
+    """Run the kernels of `build` ("generic" or "sm90") inside the block, in every thread: for tests and benchmarks.
+
+    ValueError where this installation has no such build; that the GPU can run it is for the caller to know.
+    """
+    global _forced
+    if build not in (names := require().BUILDS):
+        raise ValueError(f"forced: build: expected one of {', '.join(names)}, got {build!r}")
+    before, _forced = _forced, build
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def build_of(device: torch.device) -> str:
+    """The name of the build whose kernels run on `device`, a CUDA device that has kernels."""
+    return _forced or _build_of(device)
+
+
+@functools.cache
+def _build_of(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    name: str = require().build_for(properties.major, properties.minor, _shared_memory(device))
+    return name
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    shared: int = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)  # every GPU grants 48 KiB
+    return shared
+
+
+def target(tensor: torch.Tensor) -> dict[str, int]:
+    """The keyword arguments device, stream, build and shared_memory of a launch on the tensor's device."""
+    build = require().BUILDS[build_of(tensor.device)]
+    return {**stream_of(tensor), "build": build, "shared_memory": _shared_memory(tensor.device)}
 
 
 def dtype_code(tensor: torch.Tensor) -> int:

@@ -1,6 +1,6 @@
 """A trained model's weights -> the small integers and fp16 numbers that the artifact stores (recipe section 4)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -63,15 +63,18 @@ def quantize_state(
 
     protected = awq.salient_groups(chosen, act_rms, config.awq_groups, config.awq_group_size)
     solved: dict[str, gptq.GptqResult] = {}
-    residual_norm: dict[str, float] = {}
-    for name, weight in chosen.items():
-        solved[name] = _solve(name, weight, hessians[name], protected.get(name, ()), config)
-        residual = weight.float() - solved[name].dequantize(protected.get(name, ()))
-        residual_norm[name] = torch.linalg.matrix_norm(residual).item()
+    norms: list[Tensor] = []
+    for name, result in _solve(chosen, hessians, protected, config):
+        solved[name] = result
+        residual = chosen[name].float() - result.dequantize(protected.get(name, ()))
+        norms.append(torch.linalg.matrix_norm(residual))
         if progress is not None:
             progress(len(solved), len(chosen), name)
+    for name, result in solved.items():  # after the loop: reading a number waits for the device
+        _check_fits(name, result.scale)
+    residual_norm = dict(zip(solved, [norm.item() for norm in norms], strict=True))
     top = config.lqer_top if config.lqer_rank > 0 else 0
-    corrected = set(sorted(residual_norm, key=lambda name: -residual_norm[name])[:top])
+    corrected = set(sorted(chosen, key=lambda name: -residual_norm[name])[:top])
 
     state: dict[str, np.ndarray] = {}
     meta: dict[str, str] = {}
@@ -105,18 +108,20 @@ def _check_statistics(chosen: Mapping[str, Tensor], found: Mapping[str, Tensor],
             raise PgolfError(f"the {what} of {name} must have shape {expected}, got {got}; calibrate the same model")
 
 
-def _solve(name: str, weight: Tensor, hessian: Tensor, groups: gptq.Ranges, config: QuantizeConfig) -> gptq.GptqResult:
-    clip, bits = clip_and_bits(name, config)
+def _solve(
+    chosen: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    protected: Mapping[str, gptq.Ranges],
+    config: QuantizeConfig,
+) -> Iterator[tuple[str, gptq.GptqResult]]:
+    problems = {
+        name: gptq.Problem(weight, hessians[name], *clip_and_bits(name, config), protected.get(name, ()))
+        for name, weight in chosen.items()
+    }
     try:
-        result = gptq.solve(
-            weight, hessian.to(weight.device), clip, bits, config.block, config.damping, groups, config.awq_bits
-        )
+        yield from gptq.solve_all(problems, config.block, config.damping, config.awq_bits)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined, unused-ignore]
-        raise PgolfError(
-            f"the Hessian of {name} cannot be inverted; raise quantize.damping or quantize.calibration_batches"
-        ) from error
-    _check_fits(name, result.scale)
-    return result
+        raise PgolfError(f"{error}; raise quantize.damping or quantize.calibration_batches") from error
 
 
 def _check_fits(name: str, value: Tensor) -> None:

@@ -9,7 +9,7 @@
 #include "common/check.h"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
-#include "ops.h"
+#include "ops/smear_gate.h"
 
 namespace pgolf::generic {
 namespace {
