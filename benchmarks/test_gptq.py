@@ -54,9 +54,10 @@ def seconds(step: Callable[[], object], device: torch.device, repeats: int) -> f
     return statistics.median(times)
 
 
-def test_whole_model(full: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+def test_whole_model(
+    device: torch.device, full: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = device.type == "cuda"
     if cuda and (reason := _native.why_not(device)):
         pytest.skip(f"no kernels to time: {reason}")
     problems = model(11, 512, 2048, 8192, device) if cuda else model(2, 128, 512, 1024, device)
@@ -73,8 +74,8 @@ def test_whole_model(full: bool, capsys: pytest.CaptureFixture[str], monkeypatch
     results = solve()  # warms up the libraries too
     times = {"whole solve": seconds(solve, device, repeats), "of it factorizations": seconds(factor, device, repeats)}
     monkeypatch.setattr(gptq, "gptq", reference)
-    times["whole solve, reference"] = seconds(lambda: results.update(reference=solve()), device, 1)  # type: ignore
-    expected = results.pop("reference")
+    expected: dict[str, gptq.GptqResult] = {}
+    times["whole solve, reference"] = seconds(lambda: expected.update(solve()), device, 1)
 
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     weights = sum(problem.weight.numel() for problem in problems.values())

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pgolf.config import ModelConfig
 from pgolf.ops.attention import attention
 from pgolf.ops.cross_entropy import cross_entropy
+from pgolf.ops.embed import embed
 from pgolf.ops.mlp import mlp as fused_mlp
-from pgolf.ops.smear_gate import smear_gate
 
 BOS = 1
 
@@ -272,8 +272,7 @@ class GPT(nn.Module):
         ]
 
     def _embed_eager(self, ids: Tensor) -> Tensor:
-        e = F.embedding(ids, self.tok_emb.weight.to(self.dtype))
-        return norm(smear_gate(e, ids, self.smear_gate.weight, self.smear_lambda, BOS))
+        return embed(ids, self.tok_emb.weight, self.smear_gate.weight, self.smear_lambda, BOS, self.dtype)
 
     def _context(self, length: int, cu_seqlens: Tensor | None, max_seqlen: int | None, like: Tensor) -> Context:
         dims, base = self.config.rope_dims, self.config.rope_base

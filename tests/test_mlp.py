@@ -52,7 +52,7 @@ def check_by_hand(device: torch.device) -> None:
     # (1 + 2^-8)^2 is nearest to 1 + 2^-7; had x up^T been rounded first, to 1, it would be 1.
     expected[0, :6] = torch.tensor([9, 1, 0, float("nan"), 1 + 2**-7, 0.25])
     check_equal("hidden", hidden.cpu(), expected.bfloat16())
-    assert signs.cpu().tolist() == [[0b100010] + 15 * [0]]
+    assert signs.cpu().tolist() == [[0b10] + 7 * [0] + [0b10] + 7 * [0]]  # features 1 and 5: words 0 and 2
     down_t = torch.zeros(128, 8, device=device, dtype=torch.bfloat16)
     down_t[:, 0] = 1
     grad = torch.zeros(1, 8, device=device, dtype=torch.bfloat16)
@@ -86,11 +86,15 @@ def test_rows_stay_apart() -> None:
 
 
 def test_sign_bits() -> None:
-    negative = torch.zeros(2, 16, dtype=torch.bool)
-    negative[0, 0] = negative[0, 9] = negative[1, 7] = True
+    negative = torch.zeros(2, 256, dtype=torch.bool)
+    negative[0, 0] = negative[0, 9] = negative[1, 128 + 8 * 5 + 2 * 3] = True
     signs = pack_signs(negative)
-    assert signs.tolist() == [[1, 2], [128, 0]]
-    assert torch.equal(unpack_signs(signs), negative)
+    expected = torch.zeros(2, 32, dtype=torch.uint8)
+    expected[0, 0] = 0b1001  # j = 0 and j = 1 of word 0
+    expected[1, 16 + 4 * 3 + 1] = 1 << 2  # j = 5 of word 3 of the second tile: bit 10
+    check_equal("signs", signs, expected)
+    drawn = torch.rand(3, 384) < 0.5
+    assert torch.equal(unpack_signs(pack_signs(drawn)), drawn)
 
 
 @pytest.mark.parametrize("shape", [(8,), (0, 8), (3, 8), (2, 0, 8), (2, 3, 8)])

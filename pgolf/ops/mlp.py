@@ -126,15 +126,21 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def pack_signs(negative: Tensor) -> Tensor:
-    """Bits of negative [rows, F] (bool) -> uint8 [rows, F / 8]: feature f is bit f % 8 of byte f // 8."""
+    """Bits of negative [rows, F] (bool) -> uint8 [rows, F / 8].
+
+    The 16 bytes of 128 features are four little-endian words of 32 bits: feature 8 j + 2 q + e (q < 4, e < 2) is bit
+    2 j + e of word q (csrc/kernels/ops/mlp.h says why).
+    """
+    bits = negative.unflatten(-1, (-1, 16, 4, 2)).transpose(-3, -2).flatten(-4).unflatten(-1, (-1, 8))
     weights = 2 ** torch.arange(8, device=negative.device, dtype=torch.uint8)
-    return (negative.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return (bits * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(signs: Tensor) -> Tensor:
     """The inverse of `pack_signs`."""
-    bits = torch.arange(8, device=signs.device, dtype=torch.uint8)
-    return (signs[..., None] >> bits & 1).flatten(-2).bool()
+    places = torch.arange(8, device=signs.device, dtype=torch.uint8)
+    bits = (signs[..., None] >> places & 1).flatten(-2).bool()
+    return bits.unflatten(-1, (-1, 4, 16, 2)).transpose(-3, -2).flatten(-4)
 
 
 def _up(operator: str, x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

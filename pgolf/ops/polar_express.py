@@ -43,7 +43,17 @@ def reference(grad: Tensor, momentum: Tensor, mu: float) -> Tensor:
     """Muon's direction in plain PyTorch, computed in momentum's dtype; arguments as in `polar_express`."""
     grad = grad.to(momentum.dtype)
     momentum.mul_(mu).add_(grad)
-    return orthogonalize(grad.add(momentum, alpha=mu))  # one rounding, not two
+    return orthogonalize(grad.add(momentum, alpha=_lookahead(mu, grad.dtype)))  # one rounding, not two
+
+
+def _lookahead(mu: float, dtype: torch.dtype) -> float:
+    """mu as the CPU's addition takes a factor: rounded to the tensors' type. CUDA's takes it wide, and the directions of
+    the two devices would differ by 4 %."""
+    return torch.tensor(mu, dtype=dtype).item()
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler.
+_lookahead._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def polar_express(grad: Tensor, momentum: Tensor, mu: float) -> Tensor:
@@ -114,6 +124,7 @@ def _cuda(grad: Tensor, momentum: Tensor, mu: float) -> Tensor:
             rows=rows,
             cols=cols,
             mu=mu,
+            lookahead=_lookahead(mu, momentum.dtype),
             floor=FLOOR,
             coefficients=POLAR_EXPRESS,
         )

@@ -9,7 +9,7 @@ namespace {
 
 void polar_express(int device, uintptr_t stream, int build, int shared_memory, int dtype, uintptr_t grad,
                    uintptr_t momentum, uintptr_t out, uintptr_t scratch, int batch, int rows, int cols, float mu,
-                   float floor, const std::vector<std::array<float, 3>>& coefficients) {
+                   float lookahead, float floor, const std::vector<std::array<float, 3>>& coefficients) {
     const PolarExpress params{.grad_type = static_cast<DType>(dtype),
                               .grad = pointer<const void>(grad),
                               .momentum = pointer<void>(momentum),
@@ -19,6 +19,7 @@ void polar_express(int device, uintptr_t stream, int build, int shared_memory, i
                               .rows = rows,
                               .cols = cols,
                               .mu = mu,
+                              .lookahead = lookahead,
                               .floor = floor,
                               .coefficients = coefficients};
     const Target target = enter(device, stream, build, shared_memory);
@@ -33,8 +34,8 @@ void polar_express(int device, uintptr_t stream, int build, int shared_memory, i
 void bind_polar_express(py::module_& m) {
     m.attr("POLAR_EXPRESS_COLS") = kPolarExpressCols;
     m.def("polar_express", &polar_express, py::kw_only(), "device"_a, "stream"_a, "build"_a, "shared_memory"_a,
-          "dtype"_a, "grad"_a, "momentum"_a, "out"_a, "scratch"_a, "batch"_a, "rows"_a, "cols"_a, "mu"_a, "floor"_a,
-          "coefficients"_a);
+          "dtype"_a, "grad"_a, "momentum"_a, "out"_a, "scratch"_a, "batch"_a, "rows"_a, "cols"_a, "mu"_a, "lookahead"_a,
+          "floor"_a, "coefficients"_a);
     m.def("polar_express_scratch", &polar_express_scratch, "batch"_a, "rows"_a, "cols"_a);
 }
 

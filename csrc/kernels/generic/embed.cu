@@ -14,7 +14,7 @@
 namespace pgolf::generic {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kTokensPerWarp = 8;
 constexpr int kTokensPerBlock = kWarps * kTokensPerWarp;
@@ -96,10 +96,10 @@ __device__ __forceinline__ void store_streaming(T* target, const float (&x)[N]) 
     }
 }
 
-// x = row + gate * before, where `add`, else row; returns the lane's sum of squares.
+// x = row + gate * before, where `add`, else row; returns the lane's sum of squares over the `columns` of the row.
 template <typename T, int N>
-__device__ __forceinline__ float smear(const Row<T, N>& row, const Row<T, N>& before, bool add, float gate,
-                                       float (&x)[kValues]) {
+__device__ __forceinline__ float smear(const Row<T, N>& row, const Row<T, N>& before, bool add, float gate, int columns,
+                                       int lane, float (&x)[kValues]) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) x[i] = value_of(row, i);
     // A branch, not a zero gate: zero times an infinite or NaN neighbour would leak into the next document.
@@ -107,40 +107,55 @@ __device__ __forceinline__ float smear(const Row<T, N>& row, const Row<T, N>& be
 #pragma unroll
         for (int i = 0; i < kValues; ++i) x[i] = fmaf(gate, value_of(before, i), x[i]);
     }
-    float sum[4] = {};
+    float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) sum[i % 4] = fmaf(x[i], x[i], sum[i % 4]);
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (int j = 0; j < kValues / N; ++j) {
+        float sum[2] = {};
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum[i % 2] = fmaf(x[j * N + i], x[j * N + i], sum[i % 2]);
+        if (column_of<N>(j, lane) < columns) total += sum[0] + sum[1];
+    }
+    return total;
 }
 
 // Rows of at most kTileColumns values: a warp holds them whole.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, 2) embed_forward_kernel(const EmbedForward p, float inverse_dim) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 3)
+    embed_forward_kernel(const EmbedForward p, float inverse_dim) {
     const int lane = threadIdx.x % kWarpSize;
     const Tokens t = read_tokens<T>(p, lane);
     if (t.count == 0) return;
     const T* const weight = static_cast<const T*>(p.weight);
     T* const out = static_cast<T*>(p.out) + t.first * p.dim;
-    const auto fetch = [&](int k) {  // the row of token first + k
-        const int row = __shfl_sync(kAllLanes, t.row, k + 1);
-        return load_row<T, N>(weight + static_cast<int64_t>(row) * p.dim, p.dim, lane);
+    // The row of token first + k. Lanes past its end hold its last values: for zeros they would have to wait for the
+    // load.
+    const auto fetch = [&](int k, Row<T, N>& into) {
+        const T* const row = weight + static_cast<int64_t>(__shfl_sync(kAllLanes, t.row, k + 1)) * p.dim;
+#pragma unroll
+        for (int j = 0; j < kValues / N; ++j) {
+            into.part[j] = *reinterpret_cast<const uint4*>(row + min(column_of<N>(j, lane), p.dim - N));
+        }
     };
 
     float my_rstd = 0.0f;
-    Row<T, N> before = fetch(-1);
-    Row<T, N> next[2] = {fetch(0), fetch(1)};
-#pragma unroll 1
-    for (int k = 0; k < t.count; k += 2) {
+    Row<T, N> before, next[2];
+    fetch(-1, before);
+    fetch(0, next[0]);
+    fetch(1, next[1]);
+#pragma unroll
+    for (int k = 0; k < kTokensPerWarp; k += 2) {
+        if (k >= t.count) break;
         const Row<T, N> row[2] = {next[0], next[1]};
-        if (k + 2 < t.count) {
-            next[0] = fetch(k + 2);
-            next[1] = fetch(k + 3);
+        if (k + 2 < kTokensPerWarp) {  // beyond the last token row 0: a branch on it would have to wait for the load
+            fetch(k + 2, next[0]);
+            fetch(k + 3, next[1]);
         }
         float x[2][kValues], squares[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float gate = __shfl_sync(kAllLanes, t.gate, k + i + 1);
-            squares[i] = smear(row[i], i == 0 ? before : row[0], t.smeared >> (k + i + 1) & 1, gate, x[i]);
+            const bool add = t.smeared >> (k + i + 1) & 1;
+            squares[i] = smear(row[i], i == 0 ? before : row[0], add, gate, p.dim, lane, x[i]);
         }
         before = row[1];
 #pragma unroll
@@ -168,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2) embed_forward_kernel(const EmbedF
 
 // Rows of any width: read twice, for the sum of squares and for the result.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, 4) embed_forward_wide_kernel(const EmbedForward p, float inverse_dim) {
+__global__ void __launch_bounds__(kThreads, 8) embed_forward_wide_kernel(const EmbedForward p, float inverse_dim) {
     const int lane = threadIdx.x % kWarpSize;
     const Tokens t = read_tokens<T>(p, lane);
     const T* const weight = static_cast<const T*>(p.weight);

@@ -30,10 +30,9 @@ __device__ __forceinline__ int column_of(int part, int lane) {
 }
 
 // The first `columns` values at `source`, zeros after them. kL2: without taking room in the first-level cache.
-template <typename T, int N, bool kL2 = false>
-__device__ __forceinline__ Row<T, N> load_row(const T* source, int columns, int lane) {
+template <bool kL2 = false, typename T, int N>
+__device__ __forceinline__ void load_row(const T* source, int columns, int lane, Row<T, N>& row) {
     using Part = typename Row<T, N>::Part;
-    Row<T, N> row;
 #pragma unroll
     for (int j = 0; j < kValues / N; ++j) {
         const int column = column_of<N>(j, lane);
@@ -41,7 +40,6 @@ __device__ __forceinline__ Row<T, N> load_row(const T* source, int columns, int 
         row.part[j] = Part{};
         if (column < columns) row.part[j] = kL2 ? __ldcg(part) : *part;
     }
-    return row;
 }
 
 __device__ __forceinline__ uint32_t word_of(const uint4& x, int i) {

@@ -5,7 +5,7 @@
 // kLanes threads share a row, lane l holding columns l, l + kLanes, ... of the tile. First come the corrections by all
 // tiles before it, whose errors are read back from scratch by the very thread that wrote them; then the tile itself,
 // column by column. Either way an error reaches the other lanes of its row by a shuffle and meets a row of U in shared
-// memory, and the kernel is a few milliseconds of float64 multiply-adds for the recipe's model.
+// memory.
 #include <stdexcept>
 
 #include "common/check.h"

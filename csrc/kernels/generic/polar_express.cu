@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_vector(const bf16* source, float (&x)[kVect
 template <typename T, int kVectors>
 __global__ void __launch_bounds__(kRowThreads)
     momentum_kernel(const T* grad, bf16* momentum, bf16* normalized, float* squares, int64_t rows, int cols, float mu,
-                    float floor) {
+                    float lookahead, float floor) {
     const int lane = threadIdx.x % kWarpSize;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
     if (row >= rows) return;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kRowThreads)
         for (int i = 0; i < kVector; ++i) {
             g[i] = rounded(g[i]);
             m[i] = rounded(rounded(mu * m[i]) + g[i]);
-            u[v].value[i] = __float2bfloat16_rn(fmaf(mu, m[i], g[i]));
+            u[v].value[i] = __float2bfloat16_rn(fmaf(lookahead, m[i], g[i]));
             const float x = to_float(u[v].value[i]);
             sum = fmaf(x, x, sum);
         }
@@ -87,7 +87,7 @@ void launch_momentum(const PolarExpress& p, void* normalized, float* squares, cu
     static_assert(16 * kVector * kWarpSize == kPolarExpressCols);
     kernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), kRowThreads, 0, stream>>>(
         static_cast<const T*>(p.grad), static_cast<bf16*>(p.momentum), static_cast<bf16*>(normalized), squares, rows,
-        p.cols, p.mu, p.floor);
+        p.cols, p.mu, p.lookahead, p.floor);
     check_launch("polar_express (momentum)");
 }
 

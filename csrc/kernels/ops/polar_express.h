@@ -10,17 +10,17 @@
 namespace pgolf {
 
 // For every matrix of the batch, with every operation rounded to bfloat16:
-//   g = grad; momentum = mu * momentum + g; u = g + mu * momentum;
+//   g = grad; momentum = mu * momentum + g; u = g + lookahead * momentum;
 //   each row of u over its norm (at least `floor`); all over the Frobenius norm plus `floor`: x, transposed when tall;
 //   then for each (a, b, c): gram = x x^T; polynomial = b * gram + c * (gram gram); x = a * x + polynomial x.
 struct PolarExpress {
     DType grad_type;
-    const void* grad;       // [batch, rows, cols], bfloat16 or float32
-    void* momentum;         // [batch, rows, cols], bfloat16
-    void* out;              // [batch, rows, cols], bfloat16
-    void* scratch;          // polar_express_scratch(batch, rows, cols) bytes, aligned to 256
-    int batch, rows, cols;  // batch at most 65535, rows and cols multiples of 8, cols at most kPolarExpressCols
-    float mu, floor;
+    const void* grad;            // [batch, rows, cols], bfloat16 or float32
+    void* momentum;              // [batch, rows, cols], bfloat16
+    void* out;                   // [batch, rows, cols], bfloat16
+    void* scratch;               // polar_express_scratch(batch, rows, cols) bytes, aligned to 256
+    int batch, rows, cols;       // batch at most 65535, rows and cols multiples of 8, cols at most kPolarExpressCols
+    float mu, lookahead, floor;  // lookahead: mu rounded to bfloat16
     std::vector<std::array<float, 3>> coefficients;
 };
 

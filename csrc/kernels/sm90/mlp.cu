@@ -10,8 +10,6 @@
 namespace pgolf::sm90 {
 namespace {
 
-constexpr int kWords = kTile / 32;  // of sign bits in a tile's row
-
 // The address, in a box, that a lane gives to stmatrix or ldmatrix for a warp's 16 rows from `row` and the 16 columns
 // from 8 * chunk: matrices in the order rows 0-7, rows 8-15, then the same of the next 8 columns, as wgmma's registers
 // are.
@@ -29,7 +27,7 @@ struct Up {
     };
     static constexpr bool kLoads = false, kStores = true;
 
-    uint32_t signs[2][2] = {};  // [half][i]: of the lane's rows, columns in the order of `sums`
+    uint32_t signs[2][2] = {};  // [half][i]: of the lane's rows, in the order of `sums`, from the top bit down
 
     __device__ void begin(const Params&, int, int, int) {}
 
@@ -64,24 +62,10 @@ struct Up {
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                // Bit 31 - (2 j + e) is column 8 j + 2 (lane % 4) + e. Reversed, word w takes byte w, two bits to each
-                // of its bytes; the four lanes of a row hold disjoint bits.
-                const uint32_t bits = __brev(signs[half][i]);
-                uint32_t mine = 0;
-#pragma unroll
-                for (int w = 0; w < kWords; ++w) {
-                    uint32_t word = bits >> (8 * w) & 0xff;
-                    word = (word | word << 12) & 0x000f000f;
-                    word = (word | word << 6) & 0x03030303;
-                    word <<= 2 * (lane % 4);
-                    word |= __shfl_xor_sync(kAllLanes, word, 1);
-                    word |= __shfl_xor_sync(kAllLanes, word, 2);
-                    if (w == lane % 4) mine = word;
-                }
                 const int64_t global_row = static_cast<int64_t>(row) + 64 * half + 16 * warp + 8 * i + lane / 4;
                 if (global_row < p.rows && col < p.features) {
                     auto* const target = reinterpret_cast<uint32_t*>(p.signs + global_row * (p.features / 8) + col / 8);
-                    target[lane % 4] = mine;
+                    target[lane % 4] = __brev(signs[half][i]);  // the first column last in, so first out
                 }
             }
         }
@@ -97,7 +81,7 @@ struct Grad {
     };
     static constexpr bool kLoads = true, kStores = true;
 
-    uint4 signs[2][2];  // [half][i]: the sign bits of the lane's rows
+    uint32_t signs[2][2];  // [half][i]: of the lane's rows and columns, in the order of `sums`
 
     __device__ void begin(const Params& p, int row, int col, int thread) {
         const int lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -106,10 +90,10 @@ struct Grad {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int64_t global_row = static_cast<int64_t>(row) + 64 * half + 16 * warp + 8 * i + lane / 4;
-                signs[half][i] = uint4{};
+                signs[half][i] = 0;
                 if (global_row < p.rows && col < p.features) {
                     const auto* const source = p.signs + global_row * (p.features / 8) + col / 8;
-                    signs[half][i] = __ldg(reinterpret_cast<const uint4*>(source));
+                    signs[half][i] = __ldg(reinterpret_cast<const uint32_t*>(source) + lane % 4);
                 }
             }
         }
@@ -117,15 +101,9 @@ struct Grad {
 
     template <int kBox>
     __device__ void box(const Params&, const float (&sums)[2][kTile / 2], char* box, int, int, int thread) {
-        const int lane = thread % kWarpSize, warp = thread / kWarpSize;
+        const int warp = thread / kWarpSize;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            uint32_t bits[2][2];  // of the box's 64 columns, the lane's first pair at bit 0
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                bits[i][0] = (kBox == 0 ? signs[half][i].x : signs[half][i].z) >> (2 * (lane % 4));
-                bits[i][1] = (kBox == 0 ? signs[half][i].y : signs[half][i].w) >> (2 * (lane % 4));
-            }
 #pragma unroll
             for (int chunk = 0; chunk < kDepth / 8; chunk += 2) {
                 const uint32_t address = matrix_address(box, 64 * half + 16 * warp, chunk);
@@ -133,15 +111,15 @@ struct Grad {
                 ldmatrix(address, hidden);
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
-                    const int j = chunk + r / 2;
+                    const int j = kDepth / 8 * kBox + chunk + r / 2;
                     const float size[2] = {low_half(hidden[r]), high_half(hidden[r])};
                     float value[2];
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         float root;
                         asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(size[e]));
-                        const float product = sums[half][32 * kBox + 4 * chunk + 2 * r + e] * root;
-                        const bool negative = bits[r % 2][j / 4] >> (8 * (j % 4) + e) & 1;
+                        const float product = sums[half][4 * j + 2 * (r % 2) + e] * root;
+                        const bool negative = signs[half][r % 2] >> (2 * j + e) & 1;
                         value[e] = negative ? -product : product + product;
                     }
                     hidden[r] = pack(value[0], value[1]);
