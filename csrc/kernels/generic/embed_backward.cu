@@ -51,7 +51,7 @@ Scratch split(void* memory, int64_t rows, int dim, int vocab, int64_t& words) {
 
 // What embed_rows_kernel leaves: zeros for the ids that do not occur, and the sums of the ids whose positions lie in
 // several pieces. Block i has the one that continues beyond piece i, if it begins there.
-__global__ void __launch_bounds__(kJoinThreads) embed_join_kernel(const EmbedBackward p, const Scratch s) {
+__global__ void __launch_bounds__(kJoinThreads, 3) embed_join_kernel(const EmbedBackward p, const Scratch s) {
     __shared__ float sums[kJoinWarps][kTileColumns];
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
@@ -79,6 +79,8 @@ __global__ void __launch_bounds__(kJoinThreads) embed_join_kernel(const EmbedBac
     for (int base = 0; base < p.dim; base += kTileColumns) {
         const int columns = min(kTileColumns, p.dim - base);
         float sum[kValues] = {};
+        // A frequent id has hundreds of parts: the loads of several must be under way together.
+#pragma unroll 4
         for (int part = warp; part < parts; part += kJoinWarps) {
             const float* const row = s.partial + index_of(part) * p.dim + base;
 #pragma unroll

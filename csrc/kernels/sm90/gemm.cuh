@@ -194,13 +194,10 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kGemmThreads,
                     if constexpr (Epilogue::kLoads) {
                         barrier_arrive_expect(&shared.staging_full[box], kBoxBytes);
                         tma_load(shared.staging[box], &params.in_map, &shared.staging_full[box], column, tile * kTile);
-                        if (tile + schedule.lanes < schedule.row_tiles) {
-                            tma_prefetch(&params.in_map, column, (tile + schedule.lanes) * kTile);
-                        }
                     }
                     barrier_wait(&shared.staged[box], item & 1);
                     if constexpr (Epilogue::kStores) {
-                        tma_store(&params.out_map, shared.staging[box], column, tile * kTile);
+                        tma_store_streaming(&params.out_map, shared.staging[box], column, tile * kTile);
                         tma_store_commit();
                         tma_store_wait_read<0>();
                     }

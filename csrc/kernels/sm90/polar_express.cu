@@ -5,9 +5,9 @@
 // A block computes a tile of 128 x 128: one warp loads, two warpgroups multiply 64 rows each. The tile of `source` is
 // one more stage of the pipeline; the result replaces it there and leaves by TMA, as does its transpose.
 //
-// Such tiles want more bytes from L2 than it gives. So two blocks that are neighbours in a row of tiles form a cluster
-// and load half of their common rows of `left` each, for both; and a block on the diagonal of a symmetric product loads
-// its rows once.
+// Such tiles want more bytes from L2 than it gives. So blocks that are neighbours form a cluster of 1 x 2 or 2 x 2
+// tiles: those in a row of tiles load half of their common rows of `left` each, for both, those in a column the same of
+// `right`; and a block on the diagonal of a symmetric product loads its rows once.
 #include "common/check.h"
 #include "common/reduce.cuh"
 #include "ops/polar_express.h"
@@ -22,20 +22,23 @@ constexpr int kBox = 64;  // rows and columns of all that TMA moves
 constexpr int kBoxBytes = kBox * kBox * 2;
 constexpr int kOperandBytes = 2 * kBoxBytes;  // 128 rows of 64
 constexpr int kStageBytes = 2 * kOperandBytes;
-constexpr int kStages = 3;
+constexpr int kStages = 3;      // where two blocks share a multiprocessor
+constexpr int kLoneStages = 6;  // where each has its own
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = kConsumerWarps * kWarpSize;
 constexpr int kThreads = kConsumers + kWarpSize;
 constexpr int kBlocks = 2;  // a multiprocessor
 constexpr int kAlignment = 1024;
-constexpr int kSharedBytes = kStages * kStageBytes + kAlignment + 2 * kStages * 8;
-static_assert(kBlocks * (kSharedBytes + 1024) <= 228 * 1024);
+constexpr int shared_bytes(int stages) { return stages * kStageBytes + kAlignment + 2 * stages * 8; }
+static_assert(kBlocks * (shared_bytes(kStages) + 1024) <= 228 * 1024);
+static_assert(shared_bytes(kLoneStages) <= 227 * 1024);
 
 struct Product {
     CUtensorMap left, right, source, out, transposed;  // of boxes of 64 x 64
     int depth, columns;                                // columns: tiles in a row of tiles
     bool has_source, has_out, has_transposed, symmetric;
-    bool paired;  // clusters of two blocks, neighbours in a row of tiles
+    int stages;
+    int cluster;  // of 1 tile, 2 (in a row) or 4 (two by two)
     float source_scale, product_scale;
 };
 
@@ -49,14 +52,13 @@ __device__ __forceinline__ void prefetch(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Load the box at (x, y, z) into the same place of both blocks of the cluster, each counting its bytes.
-__device__ __forceinline__ void load_for_both(void* target, const CUtensorMap* map, uint64_t* barrier, int x, int y,
-                                              int z) {
-    constexpr uint16_t kBoth = 0b11;
+// Load the box at (x, y, z) into the same place of the cluster's `blocks` (a bit each), each counting its bytes.
+__device__ __forceinline__ void load_for(uint16_t blocks, void* target, const CUtensorMap* map, uint64_t* barrier,
+                                         int x, int y, int z) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
         " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(target)),
-        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(kBoth)
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(blocks)
         : "memory");
 }
 
@@ -64,9 +66,14 @@ struct Tile {
     int row, column;  // of tiles
 };
 
-// The block's tile; of a symmetric product those on and above the diagonal, row by row.
+// The block's tile; of a symmetric product those on and above the diagonal, row by row. In a cluster of four, bit 0 of
+// the rank is the column and bit 1 the row.
 __device__ __forceinline__ Tile tile_of(const Product& p) {
     int i = static_cast<int>(blockIdx.x);
+    if (p.cluster == 4) {
+        const int rank = i % 4, columns = p.columns / 2;
+        return {i / 4 / columns * 2 + rank / 2, i / 4 % columns * 2 + rank % 2};
+    }
     if (!p.symmetric) return {i / p.columns, i % p.columns};
     int row = 0;
     for (; i >= p.columns - row; ++row) i -= p.columns - row;
@@ -77,8 +84,8 @@ struct Stage {
     int index = 0;
     uint32_t parity = 0;
 
-    __device__ __forceinline__ void advance() {
-        if (++index == kStages) {
+    __device__ __forceinline__ void advance(int stages) {
+        if (++index == stages) {
             index = 0;
             parity ^= 1;
         }
@@ -94,7 +101,8 @@ __device__ __forceinline__ bool on_diagonal(const Product& p, int row, int colum
 __device__ __forceinline__ void load_tiles(const Product& p, char* stages, uint64_t* full, uint64_t* empty, int row,
                                            int column, int batch) {
     const bool diagonal = on_diagonal(p, row, column);
-    const int rank = p.paired ? static_cast<int>(cluster_rank()) : 0;
+    const int rank = p.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+    const int across = rank % 2, down = rank / 2;
     Stage stage;
     const auto acquire = [&](uint32_t bytes) {
         barrier_wait(&empty[stage.index], stage.parity ^ 1);
@@ -104,17 +112,21 @@ __device__ __forceinline__ void load_tiles(const Product& p, char* stages, uint6
     for (int k = 0; k < p.depth; k += kBox) {
         char* const target = acquire(diagonal ? kOperandBytes : kStageBytes);
         uint64_t* const barrier = &full[stage.index];
-        if (p.paired) {
-            load_for_both(target + rank * kBoxBytes, &p.left, barrier, k, row + rank * kBox, batch);
+        if (p.cluster > 1) {
+            load_for(static_cast<uint16_t>(0b11 << (2 * down)), target + across * kBoxBytes, &p.left, barrier, k,
+                     row + across * kBox, batch);
         } else {
             tma_load(target, &p.left, barrier, k, row, batch);
             tma_load(target + kBoxBytes, &p.left, barrier, k, row + kBox, batch);
         }
-        if (!diagonal) {
+        if (p.cluster == 4) {
+            load_for(static_cast<uint16_t>(0b101 << across), target + kOperandBytes + down * kBoxBytes, &p.right,
+                     barrier, k, column + down * kBox, batch);
+        } else if (!diagonal) {
             tma_load(target + kOperandBytes, &p.right, barrier, k, column, batch);
             tma_load(target + kOperandBytes + kBoxBytes, &p.right, barrier, k, column + kBox, batch);
         }
-        stage.advance();
+        stage.advance(p.stages);
     }
     if (p.has_source) {
         char* const target = acquire(kStageBytes);
@@ -140,6 +152,7 @@ __device__ __forceinline__ void multiply_tiles(const Product& p, char* stages, u
     const int group = threadIdx.x / kWarpSize / 4;
 
     const bool diagonal = on_diagonal(p, row, column);
+    const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0;
     const int slices = (p.depth + kBox - 1) / kBox;
     const int loads = slices + (p.has_source ? 1 : 0);
 
@@ -157,19 +170,20 @@ __device__ __forceinline__ void multiply_tiles(const Product& p, char* stages, u
         wgmma_commit();
         if (k > 0) {
             wgmma_wait<1>();
-            // Slice k - 1 is read. Only where its stage is filled again: the other block of a pair, which waits for
-            // this before it ends, is then still there.
-            if (lane == 0 && k - 1 + kStages < loads) {
-                if (p.paired) {
-                    barrier_arrive_at(&empty[previous], 0);
-                    barrier_arrive_at(&empty[previous], 1);
+            // Slice k - 1 is read: tell the blocks that load into this one. Only where its stage is filled again: the
+            // others, which wait for this before they end, are then still there.
+            if (lane == 0 && k - 1 + p.stages < loads) {
+                if (p.cluster > 1) {
+                    barrier_arrive_at(&empty[previous], rank);
+                    barrier_arrive_at(&empty[previous], rank ^ 1);
+                    if (p.cluster == 4) barrier_arrive_at(&empty[previous], rank ^ 2);
                 } else {
                     barrier_arrive(&empty[previous]);
                 }
             }
         }
         previous = stage.index;
-        stage.advance();
+        stage.advance(p.stages);
     }
     wgmma_wait<0>();
     named_barrier(1, kConsumers);  // both warpgroups have read all stages: the results may go there
@@ -178,7 +192,7 @@ __device__ __forceinline__ void multiply_tiles(const Product& p, char* stages, u
     // This group's 64 rows of the stage after the last; and of the next one a half, for its 64 columns of the
     // transpose.
     char* const straight = stages + stage.index * kStageBytes + group * kBoxBytes;
-    stage.advance();
+    stage.advance(p.stages);
     char* const mirror = stages + stage.index * kStageBytes + group * kOperandBytes;
     const bool mirrored = p.has_transposed && !diagonal;  // there a tile is its own mirror
     // Matrix lane / 8 of four: the second and the fourth are 8 rows below, the third and the fourth 8 columns right.
@@ -227,12 +241,13 @@ __device__ __forceinline__ void multiply_tiles(const Product& p, char* stages, u
 __global__ void __launch_bounds__(kThreads, kBlocks) product_kernel(const __grid_constant__ Product p) {
     extern __shared__ char shared[];
     char* const stages = shared + (kAlignment - shared_address(shared) % kAlignment) % kAlignment;
-    uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStageBytes);
-    uint64_t* const empty = full + kStages;
+    uint64_t* const full = reinterpret_cast<uint64_t*>(stages + p.stages * kStageBytes);
+    uint64_t* const empty = full + p.stages;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
+        const int readers = p.cluster == 4 ? 3 : p.cluster;  // blocks that read what this one loads, itself among them
+        for (int i = 0; i < p.stages; ++i) {
             barrier_init(&full[i], 1);
-            barrier_init(&empty[i], p.paired ? 2 * kConsumerWarps : kConsumerWarps);
+            barrier_init(&empty[i], readers * kConsumerWarps);
         }
         fence_barrier_init();
     }
@@ -243,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) product_kernel(const __grid
         prefetch(&p.out);
         prefetch(&p.transposed);
     }
-    if (p.paired) {
+    if (p.cluster > 1) {
         cluster_sync();  // the other block's barriers are there too
     } else {
         __syncthreads();
@@ -265,16 +280,16 @@ void launch(const Product& product, int tiles, int batch, cudaStream_t stream) {
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = 2;
+    attributes[1].val.clusterDim.x = static_cast<unsigned>(product.cluster);
     attributes[1].val.clusterDim.y = 1;
     attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(batch));
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = kSharedBytes;
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes(product.stages));
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = product.paired ? 2 : 1;
+    config.numAttrs = product.cluster > 1 ? 2 : 1;
     check(cudaLaunchKernelEx(&config, product_kernel, product), "polar_express (product)");
 }
 
@@ -301,10 +316,17 @@ void polar_express(const PolarExpress& params, const Target& target) {
         return x;  // also for what is absent and not read
     };
 
-    check(cudaFuncSetAttribute(product_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+    check(cudaFuncSetAttribute(product_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(kLoneStages)),
           "polar_express");
+    int device, processors;
+    check(cudaGetDevice(&device), "polar_express: device");
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+          "polar_express: multiprocessors");
     polar_express_steps(params, buffers, [&](const PolarExpressProduct& p) {
         const int rows = (p.rows + kTile - 1) / kTile, columns = (p.cols + kTile - 1) / kTile;
+        const int tiles = p.symmetric ? rows * (rows + 1) / 2 : rows * columns;
+        const bool lone = int64_t{tiles} * params.batch <= processors;
+        const int cluster = p.symmetric || columns % 2 != 0 ? 1 : (rows % 2 != 0 ? 2 : 4);
         const Product product{.left = find(p.left),
                               .right = find(p.right),
                               .source = find(p.source),
@@ -316,10 +338,11 @@ void polar_express(const PolarExpress& params, const Target& target) {
                               .has_out = p.out != nullptr,
                               .has_transposed = p.transposed != nullptr,
                               .symmetric = p.symmetric,
-                              .paired = !p.symmetric && columns % 2 == 0,
+                              .stages = lone ? kLoneStages : kStages,
+                              .cluster = cluster,
                               .source_scale = p.source_scale,
                               .product_scale = p.product_scale};
-        launch(product, p.symmetric ? rows * (rows + 1) / 2 : rows * columns, params.batch, target.stream);
+        launch(product, tiles, params.batch, target.stream);
     });
 }
 

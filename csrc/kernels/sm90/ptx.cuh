@@ -127,6 +127,17 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* so
                  : "memory");
 }
 
+// The same for data larger than L2: the first to leave it.
+__device__ __forceinline__ void tma_store_streaming(const CUtensorMap* map, const void* source, int x, int y) {
+    asm volatile(
+        "{\n.reg .b64 policy;\n"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], policy;\n}\n" ::"l"(
+            map),
+        "r"(shared_address(source)), "r"(x), "r"(y)
+        : "memory");
+}
+
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* source, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
                  "r"(shared_address(source)), "r"(x), "r"(y), "r"(z)
