@@ -52,7 +52,7 @@ def check_by_hand(device: torch.device) -> None:
     # (1 + 2^-8)^2 is nearest to 1 + 2^-7; had x up^T been rounded first, to 1, it would be 1.
     expected[0, :6] = torch.tensor([9, 1, 0, float("nan"), 1 + 2**-7, 0.25])
     check_equal("hidden", hidden.cpu(), expected.bfloat16())
-    assert signs.cpu().tolist() == [[0b10] + 7 * [0] + [0b10] + 7 * [0]]  # features 1 and 5: words 0 and 2
+    assert signs.cpu().tolist() == [[[0b10] + 7 * [0] + [0b10] + 7 * [0]]]  # features 1 and 5: words 0 and 2
     down_t = torch.zeros(128, 8, device=device, dtype=torch.bfloat16)
     down_t[:, 0] = 1
     grad = torch.zeros(1, 8, device=device, dtype=torch.bfloat16)
@@ -89,9 +89,9 @@ def test_sign_bits() -> None:
     negative = torch.zeros(2, 256, dtype=torch.bool)
     negative[0, 0] = negative[0, 9] = negative[1, 128 + 8 * 5 + 2 * 3] = True
     signs = pack_signs(negative)
-    expected = torch.zeros(2, 32, dtype=torch.uint8)
-    expected[0, 0] = 0b1001  # j = 0 and j = 1 of word 0
-    expected[1, 16 + 4 * 3 + 1] = 1 << 2  # j = 5 of word 3 of the second tile: bit 10
+    expected = torch.zeros(2, 2, 16, dtype=torch.uint8)
+    expected[0, 0, 0] = 0b1001  # j = 0 and j = 1 of word 0
+    expected[1, 1, 4 * 3 + 1] = 1 << 2  # j = 5 of word 3 of the second tile: bit 10
     check_equal("signs", signs, expected)
     drawn = torch.rand(3, 384) < 0.5
     assert torch.equal(unpack_signs(pack_signs(drawn)), drawn)
@@ -130,7 +130,7 @@ def test_keeps_no_pre_activation() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((*t.shape, t.dtype)) or t, lambda t: t):
         out, hidden, signs = mlp_op(x.requires_grad_(), up.requires_grad_(), down.requires_grad_())
     values = [(4, 8), (128, 8), (8, 128), (4, 128)]
-    assert sorted(kept, key=str) == sorted([*((*v, torch.float32) for v in values), (4, 16, torch.uint8)], key=str)
+    assert sorted(kept, key=str) == sorted([*((*v, torch.float32) for v in values), (1, 4, 16, torch.uint8)], key=str)
     assert out.requires_grad and not hidden.requires_grad and not signs.requires_grad
 
 
@@ -155,7 +155,7 @@ def test_compiles_in_one_graph(function) -> None:
 
 
 X, UP, DOWN = torch.zeros(3, 8), torch.zeros(128, 8), torch.zeros(16, 128)
-GRAD, DOWN_T, HIDDEN, SIGNS = torch.zeros(3, 8), torch.zeros(128, 8), torch.zeros(3, 128), torch.zeros(3, 16).byte()
+GRAD, DOWN_T, HIDDEN, SIGNS = torch.zeros(3, 8), torch.zeros(128, 8), torch.zeros(3, 128), torch.zeros(1, 3, 16).byte()
 ALWAYS = [
     ((X[0, 0], UP, DOWN), "x: expected shape [..., D], got []"),
     ((X, UP[0], DOWN), "up: expected shape [F, 8], got [8]"),
@@ -181,7 +181,7 @@ GRAD_MESSAGES = [
     ((GRAD[0], DOWN_T, HIDDEN, SIGNS), "grad: expected shape [rows, 8 n], got [8]"),
     ((GRAD, DOWN_T.t(), HIDDEN, SIGNS), "down_t: expected shape [128 n, 8], got [8, 128]"),
     ((GRAD, DOWN_T, HIDDEN[:2], SIGNS), "hidden: expected shape [3, 128], got [2, 128]"),
-    ((GRAD, DOWN_T, HIDDEN, SIGNS[:, :8]), "signs: expected shape [3, 16], got [3, 8]"),
+    ((GRAD, DOWN_T, HIDDEN, SIGNS[:, :2]), "signs: expected shape [1, 3, 16], got [1, 2, 16]"),
     ((GRAD, DOWN_T, HIDDEN.double(), SIGNS), "hidden: expected torch.float32 as grad, got torch.float64"),
     ((GRAD, DOWN_T, HIDDEN, SIGNS.int()), "signs: expected torch.uint8, got torch.int32"),
     ((GRAD, DOWN_T, HIDDEN, SIGNS.to("meta")), "signs: expected a tensor on cpu as grad, got meta"),

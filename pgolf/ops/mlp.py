@@ -89,8 +89,12 @@ def _check_grad(grad: Tensor, down_t: Tensor, hidden: Tensor, signs: Tensor) -> 
     rows, dim = grad.shape
     fits = down_t.dim() == 2 and down_t.shape[0] % FEATURES == 0 and down_t.shape[1] == dim
     _expect(fits, name, "down_t", f"shape [{FEATURES} n, {dim}]", list(down_t.shape))
-    for argument, tensor, columns in (("hidden", hidden, down_t.shape[0]), ("signs", signs, down_t.shape[0] // 8)):
-        _expect(tensor.shape == (rows, columns), name, argument, f"shape {[rows, columns]}", list(tensor.shape))
+    features = down_t.shape[0]
+    for argument, tensor, shape in (
+        ("hidden", hidden, [rows, features]),
+        ("signs", signs, [features // FEATURES, rows, 16]),
+    ):
+        _expect(list(tensor.shape) == shape, name, argument, f"shape {shape}", list(tensor.shape))
     _check_kernel_dtype(name, "grad", grad)
     _check_alike(name, grad=grad, down_t=down_t, hidden=hidden)
     _expect(signs.dtype == torch.uint8, name, "signs", torch.uint8, signs.dtype)
@@ -126,21 +130,23 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def pack_signs(negative: Tensor) -> Tensor:
-    """Bits of negative [rows, F] (bool) -> uint8 [rows, F / 8].
+    """Bits of negative [rows, F] (bool) -> uint8 [F / 128, rows, 16].
 
     The 16 bytes of 128 features are four little-endian words of 32 bits: feature 8 j + 2 q + e (q < 4, e < 2) is bit
     2 j + e of word q (csrc/kernels/ops/mlp.h says why).
     """
-    bits = negative.unflatten(-1, (-1, 16, 4, 2)).transpose(-3, -2).flatten(-4).unflatten(-1, (-1, 8))
+    rows, features = negative.shape
+    bits = negative.view(rows, features // FEATURES, 16, 4, 2).permute(1, 0, 3, 2, 4).reshape(features // FEATURES, rows, 16, 8)
     weights = 2 ** torch.arange(8, device=negative.device, dtype=torch.uint8)
     return (bits * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(signs: Tensor) -> Tensor:
     """The inverse of `pack_signs`."""
+    tiles, rows, _ = signs.shape
     places = torch.arange(8, device=signs.device, dtype=torch.uint8)
-    bits = (signs[..., None] >> places & 1).flatten(-2).bool()
-    return bits.unflatten(-1, (-1, 4, 16, 2)).transpose(-3, -2).flatten(-4)
+    bits = (signs[..., None] >> places & 1).bool().view(tiles, rows, 4, 16, 2)
+    return bits.permute(1, 0, 3, 2, 4).reshape(rows, tiles * FEATURES)
 
 
 def _up(operator: str, x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,12 +171,12 @@ def _up(operator: str, x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def _up_outputs(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     rows, features = math.prod(x.shape[:-1]), up.shape[0]
-    return x.new_empty(rows, features), x.new_empty(rows, features // 8, dtype=torch.uint8)
+    return x.new_empty(rows, features), x.new_empty(features // FEATURES, rows, 16, dtype=torch.uint8)
 
 
 @torch.library.custom_op("pgolf::mlp_up", mutates_args=(), device_types=("cpu", "cuda"))
 def mlp_up_op(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """x [rows, D], up [F, D] -> hidden [rows, F] in x's dtype, and uint8 [rows, F / 8] of where x up^T is negative.
+    """x [rows, D], up [F, D] -> hidden [rows, F] in x's dtype, and where x up^T is negative, as `pack_signs` has it.
 
     The kernel runs on CUDA for bfloat16; elsewhere, and for float32 and float64, PyTorch computes the same.
     """
@@ -196,8 +202,8 @@ def grad_reference(grad: Tensor, down_t: Tensor, hidden: Tensor, signs: Tensor) 
 def mlp_grad_op(grad: Tensor, down_t: Tensor, hidden: Tensor, signs: Tensor) -> Tensor:
     """The gradient of x up^T [rows, F], given that of the MLP's output, grad [rows, D_out].
 
-    down_t [F, D_out]: the down-projection transposed; hidden [rows, F] and signs [rows, F / 8] of `mlp_up_op`. The
-    kernel runs where `mlp_up_op`'s does.
+    down_t [F, D_out]: the down-projection transposed; hidden [rows, F] and signs [F / 128, rows, 16] of
+    `mlp_up_op`. The kernel runs where `mlp_up_op`'s does.
     """
     _check_grad(grad, down_t, hidden, signs)
     if not _has_kernel(grad):

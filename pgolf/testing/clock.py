@@ -58,7 +58,8 @@ def capturable(function: Callable[[], Any]) -> bool:
 def measure(function: Callable[[], Any], device: torch.device, repeats: int = 50) -> Quantiles:
     """Time `function`, warmed up by the caller, `repeats` times (at least 2).
 
-    On CUDA the L2 cache is overwritten before each call, which also gives the CPU time to enqueue the call.
+    On CUDA the L2 cache is filled with other data before each call, which also gives the CPU time to enqueue the call.
+    By reading, not writing: written data would go to memory during the call and at its cost.
     """
     seconds: list[float] = []
     if device.type != "cuda":
@@ -67,10 +68,10 @@ def measure(function: Callable[[], Any], device: torch.device, repeats: int = 50
             function()
             seconds.append(time.perf_counter() - start)
         return Quantiles.of(seconds)
-    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    other = torch.zeros(1 << 26, device=device)  # 256 MiB
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
+        other.sum()
         begin.record()
         function()
         end.record()

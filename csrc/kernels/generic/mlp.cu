@@ -34,7 +34,7 @@ struct UpEpilogue {
         if (row >= rows) return;
         const int64_t offset = row * features + col;
         store<8>(hidden + offset, x);
-        if (place < 4) reinterpret_cast<uint32_t*>(signs + (offset - 8 * place) / 8)[place] = word;
+        if (place < 4) reinterpret_cast<uint32_t*>(signs + (col / 128 * rows + row) * 16)[place] = word;
     }
 };
 
@@ -53,9 +53,8 @@ struct GradEpilogue {
     __device__ __forceinline__ Operand read(int, int64_t row, int col) const {
         if (row >= rows) return {};
         const int64_t offset = row * features + col;
-        const int place = threadIdx.x % 16;
-        const auto* const words = reinterpret_cast<const uint32_t*>(signs + (offset - 8 * place) / 8);
-        return {__ldg(reinterpret_cast<const uint4*>(hidden + offset)), __ldg(words + place % 4)};
+        const auto* const words = reinterpret_cast<const uint32_t*>(signs + (col / 128 * rows + row) * 16);
+        return {__ldg(reinterpret_cast<const uint4*>(hidden + offset)), __ldg(words + threadIdx.x % 4)};
     }
 
     __device__ __forceinline__ void operator()(int, int64_t row, int col, float (&x)[8], const Operand& operand) const {

@@ -12,7 +12,7 @@ struct MlpUp {
     const void* x;       // [rows, dim]
     const void* weight;  // [features, dim]
     void* hidden;        // [rows, features]
-    uint8_t* signs;      // [rows, features / 8]
+    uint8_t* signs;      // [features / 128, rows, 16]
     int64_t rows;
     int features, dim;  // features a multiple of 128, dim of 8
 };
@@ -22,7 +22,7 @@ struct MlpGrad {
     const void* grad;      // [rows, dim], gradient of the MLP's output
     const void* weight;    // [features, dim]
     const void* hidden;    // [rows, features], of MlpUp
-    const uint8_t* signs;  // [rows, features / 8], of MlpUp
+    const uint8_t* signs;  // [features / 128, rows, 16], of MlpUp
     void* grad_pre;        // [rows, features]
     int64_t rows;
     int features, dim;

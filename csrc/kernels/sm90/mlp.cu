@@ -64,7 +64,8 @@ struct Up {
             for (int i = 0; i < 2; ++i) {
                 const int64_t global_row = static_cast<int64_t>(row) + 64 * half + 16 * warp + 8 * i + lane / 4;
                 if (global_row < p.rows && col < p.features) {
-                    auto* const target = reinterpret_cast<uint32_t*>(p.signs + global_row * (p.features / 8) + col / 8);
+                    auto* const target =
+                        reinterpret_cast<uint32_t*>(p.signs + (col / kTile * p.rows + global_row) * 16);
                     target[lane % 4] = __brev(signs[half][i]);  // the first column last in, so first out
                 }
             }
@@ -92,7 +93,7 @@ struct Grad {
                 const int64_t global_row = static_cast<int64_t>(row) + 64 * half + 16 * warp + 8 * i + lane / 4;
                 signs[half][i] = 0;
                 if (global_row < p.rows && col < p.features) {
-                    const auto* const source = p.signs + global_row * (p.features / 8) + col / 8;
+                    const auto* const source = p.signs + (col / kTile * p.rows + global_row) * 16;
                     signs[half][i] = __ldg(reinterpret_cast<const uint32_t*>(source) + lane % 4);
                 }
             }

