@@ -136,7 +136,11 @@ def pack_signs(negative: Tensor) -> Tensor:
     2 j + e of word q (csrc/kernels/ops/mlp.h says why).
     """
     rows, features = negative.shape
-    bits = negative.view(rows, features // FEATURES, 16, 4, 2).permute(1, 0, 3, 2, 4).reshape(features // FEATURES, rows, 16, 8)
+    bits = (
+        negative.view(rows, features // FEATURES, 16, 4, 2)
+        .permute(1, 0, 3, 2, 4)
+        .reshape(features // FEATURES, rows, 16, 8)
+    )
     weights = 2 ** torch.arange(8, device=negative.device, dtype=torch.uint8)
     return (bits * weights).sum(-1, dtype=torch.uint8)
 

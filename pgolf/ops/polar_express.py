@@ -47,8 +47,10 @@ def reference(grad: Tensor, momentum: Tensor, mu: float) -> Tensor:
 
 
 def _lookahead(mu: float, dtype: torch.dtype) -> float:
-    """mu as the CPU's addition takes a factor: rounded to the tensors' type. CUDA's takes it wide, and the directions of
-    the two devices would differ by 4 %."""
+    """mu rounded to the tensors' type, as the CPU's addition takes a factor.
+
+    CUDA's takes it wide, and the directions of the two devices would differ by 4 %.
+    """
     return torch.tensor(mu, dtype=dtype).item()
 
 

@@ -120,7 +120,8 @@ COLUMNS = (
 
 def cells(timing: Timing, ours: Timing, run: Run) -> list[str]:
     """A row of COLUMNS; `ours` is the first contender on the same input."""
-    name = timing.contender if timing.graphed == ours.graphed else f"{timing.contender} (without a graph)"
+    alike = timing.absent or timing.graphed == ours.graphed
+    name = timing.contender if alike else f"{timing.contender} (without a graph)"
     shape = "x".join(map(str, timing.shape))
     row = [run.device, f"{shape} {timing.dtype}", _PASSES[timing.direction], name]
     if timing.seconds is None:

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kTokensPerWarp = 16;
+constexpr int kTokensPerWarp = 8;
 constexpr int kTokensPerBlock = kWarps * kTokensPerWarp;
 static_assert(kTokensPerWarp % 2 == 0 && kTokensPerWarp < kWarpSize, "two at a time; one lane a token and one before");
 
