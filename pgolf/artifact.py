@@ -4,7 +4,7 @@ All integers are little-endian. Equal content gives equal bytes on every machine
 
     offset  size
     0       8     magic: 89 50 47 4F 4C 46 0D 0A
-    8       4     version (1)
+    8       4     version (2)
     12      4     T, bytes of the coded table
     16      4     bytes of the table once decoded
     20      8     bytes of the whole file
@@ -16,7 +16,8 @@ The table: {"arrays": [[name, dtype, shape], ...], "metadata": {}, "sections": [
 Arrays are ordered by role, then layer, and their names and types alone decide which section holds them:
 
     int8 [rows, columns] named NAME.q   one section a role ("blocks.3.mlp.fc.weight.q" is of role "mlp.fc"), all its
-                                        layers together: `codec.encode_groups`
+                                        layers together: `codec.encode_groups`, whose streams say whether
+                                        columns obey a trellis (version 1 had none)
     anything else                       one section a dtype: the arrays end to end, then all first bytes of their
                                         elements, all second bytes, ...: `codec.encode_bytes`
     the source code                     section "source": `codec.encode_bytes`
@@ -43,7 +44,7 @@ from pgolf.errors import PgolfError
 Array = NDArray[Any]
 
 MAGIC = b"\x89PGOLF\r\n"
-VERSION = 1
+VERSION = 2
 DTYPES = ("float16", "float32", "int8", "int16", "int32", "int64", "uint8")
 LIMIT = 2**30  # bytes of a file, and of all its arrays
 
@@ -137,9 +138,7 @@ def load(path: str | Path, threads: int | None = None) -> Artifact:
     """Read an artifact; ArtifactError or CodecError, naming the problem, on a file that `save` did not write."""
     data, entries, table, sections = _read(path)
     matrices, plains = _plan(entries)
-    coded_groups = []
-    for name, group in matrices.items():
-        coded_groups.append((data[slice(*sections[name])], [(entry.shape[0], entry.shape[1]) for entry in group]))
+    coded_groups = [(data[slice(*sections[name])], _shapes(group)) for name, group in matrices.items()]
     arrays: dict[str, Array] = {}
     for group, decoded in zip(matrices.values(), codec.decode_groups(coded_groups, threads), strict=True):
         arrays.update(zip((entry.name for entry in group), decoded, strict=True))
@@ -157,6 +156,20 @@ def sizes(path: str | Path) -> dict[str, int]:
     result["table"] = _HEADER.unpack_from(data)[2]
     result["container"] = _HEADER.size + _DIGEST
     return result
+
+
+def matrix_sizes(path: str | Path, threads: int | None = None) -> dict[str, int]:
+    """Coded bytes of each matrix by name, parts of its section in `sizes` (`codec.sizes`); decodes the matrices."""
+    data, entries, _, sections = _read(path)
+    result: dict[str, int] = {}
+    for name, group in _plan(entries)[0].items():
+        parts = codec.matrix_sizes(data[slice(*sections[name])], _shapes(group), threads)
+        result.update(zip((entry.name for entry in group), parts, strict=True))
+    return result
+
+
+def _shapes(matrices: list[_Entry]) -> list[tuple[int, int]]:
+    return [(entry.shape[0], entry.shape[1]) for entry in matrices]
 
 
 def _role_and_layer(name: str) -> tuple[str, int, str]:

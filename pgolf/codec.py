@@ -3,6 +3,9 @@
 Quantized weights are close to Gaussian given their row scale, so an entry is predicted from the earlier entries of its
 row and coded with adaptive binary models and an arithmetic coder (`csrc/codec`). It computes in integers only: the same
 arrays give the same bytes on every machine and with any number of threads.
+
+The coder notices matrices whose columns all obey one of the trellises of trellis-coded quantization
+(`csrc/codec/trellis.h`): an entry's parity is then known from the entries above it and costs nothing.
 """
 
 import os
@@ -25,9 +28,19 @@ class CodecError(PgolfError):
 def encode_groups(groups: Sequence[Sequence[Matrix]], threads: int | None = None) -> list[bytes]:
     """Code each group of int8 matrices ([rows, columns], any values, any shapes) to one byte string.
 
-    Consecutive matrices of equal shape share what was learned on the first ones: put like beside like.
+    Consecutive matrices of equal shape share what was learned on the first ones: put like beside like. They also share
+    a trellis: beside a matrix that disobeys it, parities cost about a bit an entry.
     `threads` (default: all cores) changes the time taken and nothing else.
     """
+    return [coded for coded, _ in _encode(groups, threads)]
+
+
+def sizes(groups: Sequence[Sequence[Matrix]], threads: int | None = None) -> list[list[int]]:
+    """Bytes that each matrix takes of its group's `encode_groups`: they add up to it, each is right to some bytes."""
+    return [parts for _, parts in _encode(groups, threads)]
+
+
+def _encode(groups: Sequence[Sequence[Matrix]], threads: int | None) -> list[tuple[bytes, list[int]]]:
     for matrix in (matrix for group in groups for matrix in group):
         if matrix.dtype != np.int8 or matrix.ndim != 2:
             raise CodecError(f"a matrix to code must be int8 with 2 dimensions, got {matrix.dtype} {matrix.shape}")
@@ -39,6 +52,17 @@ def decode_groups(groups: Sequence[tuple[bytes, Sequence[Shape]]], threads: int 
 
     Memory and time are bounded by the bytes given: shapes that the bytes cannot fill are refused before allocating.
     """
+    return [matrices for matrices, _ in _decode(groups, threads)]
+
+
+def matrix_sizes(coded: bytes, shapes: Sequence[Shape], threads: int | None = None) -> list[int]:
+    """`sizes` of one group from its coded bytes, which this decodes; CodecError as `decode_groups`."""
+    return _decode([(coded, shapes)], threads)[0][1]
+
+
+def _decode(
+    groups: Sequence[tuple[bytes, Sequence[Shape]]], threads: int | None
+) -> list[tuple[list[Matrix], list[int]]]:
     for rows, columns in (shape for _, shapes in groups for shape in shapes):
         if not (0 <= rows < 2**31 and 0 <= columns < 2**31):
             raise CodecError(f"a matrix cannot have the shape {rows} x {columns}")

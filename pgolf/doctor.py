@@ -25,7 +25,8 @@ def report() -> list[Row]:
         *(_tool(*tool) for tool in TOOLS),
         ("torch", torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", no CUDA")),
         *_gpus(),
-        ("entropy coder", _codec()),
+        ("entropy coder", _built("pgolf._codec")),
+        ("trellis search", _built("pgolf._trellis")),
         ("CUDA kernels", _kernels()),
         *_attention(),
     ]
@@ -64,9 +65,9 @@ def _gpus() -> list[Row]:
     return rows
 
 
-def _codec() -> str:
+def _built(module: str) -> str:
     try:
-        importlib.import_module("pgolf._codec")
+        importlib.import_module(module)
     except ImportError as error:
         return f"missing ({error}): run `pip install .` with a C++ compiler"
     return "built"

@@ -94,7 +94,7 @@ def test_bytes_are_frozen(tmp_path: Path) -> None:
     assert hashlib.sha256(written(tmp_path / "m")).hexdigest() == FROZEN
 
 
-FROZEN = "330a1f0df5cee4c9d7c8673387bbc0145fb1dda16b43f45a81d960484938cf6e"
+FROZEN = "c2dc9d63c402b4cb19d0c0286b2e1562534cfbfc14b3d444519e78d43f5b44b6"
 
 
 def test_bytes_do_not_depend_on_threads_or_order(tmp_path: Path) -> None:
@@ -109,11 +109,16 @@ def test_sizes_add_up(tmp_path: Path) -> None:
     sizes = artifact.sizes(tmp_path / "m")
     assert sum(sizes.values()) == len(data)
     assert {"tok_emb", "mlp.fc", "float16", "int16", "source", "table", "container"} <= set(sizes)
+    matrices = artifact.matrix_sizes(tmp_path / "m", threads=1)
+    assert set(matrices) == {name for name in small_state() if name.endswith(".q")}
+    layers = [size for name, size in matrices.items() if name.endswith("mlp.fc.weight.q")]
+    assert len(layers) == 2 and sum(layers) == sizes["mlp.fc"] and min(layers) > 0
+    assert matrices["tok_emb.weight.q"] == sizes["tok_emb"]
 
 
 def refused(path: Path, data: bytes, match: str) -> None:
     path.write_bytes(data)
-    for read in (artifact.load, artifact.sizes):
+    for read in (artifact.load, artifact.sizes, artifact.matrix_sizes):
         with pytest.raises(ArtifactError, match=match) as caught:
             read(path)
         assert "\n" not in str(caught.value)
@@ -124,7 +129,7 @@ def test_each_kind_of_damage_is_named(tmp_path: Path) -> None:
     data = written(path)
     refused(path, b"", "not a pgolf model")
     refused(path, b"PK\3\4" + data[4:], "not a pgolf model")
-    refused(path, sealed(data[:8] + struct.pack("<I", 2) + data[12:-32]), "version 2")
+    refused(path, sealed(data[:8] + struct.pack("<I", 1) + data[12:-32]), "version 1, this pgolf reads 2")
     refused(path, data[:5], "truncated")
     refused(path, data[:-1], "truncated")
     refused(path, data + b"x", "after its end")

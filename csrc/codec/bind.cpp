@@ -1,5 +1,5 @@
-// pgolf._codec: lists of arrays in, bytes out. Streams are independent, so threads share them; the interpreter lock is
-// released meanwhile. Errors of a stream become ValueError.
+// pgolf._codec: lists of arrays in, bytes out, and how many of them each matrix took. Streams are independent, so
+// threads share them; the interpreter lock is released meanwhile. Errors of a stream become ValueError.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -48,10 +48,21 @@ void put_length(Bytes& out, std::size_t length) {
     for (int shift = 0; shift < 32; shift += 8) out.push_back(static_cast<std::uint8_t>(length >> shift));
 }
 
+// Bytes of each matrix in its group, from where they end in its streams (see Stream): the first of a stream also counts
+// that stream's field in the table of lengths, so that the sizes add up to the group's.
+using Sizes = std::vector<std::size_t>;
+
+Sizes matrix_sizes(const std::vector<Sizes>& ends) {
+    Sizes sizes;
+    for (const auto& stream : ends)
+        for (std::size_t i = 0; i < stream.size(); ++i) sizes.push_back(i ? stream[i] - stream[i - 1] : stream[0] + 4);
+    return sizes;
+}
+
 // A group of matrices: the byte lengths of its streams (u32, little-endian), then the streams.
-std::vector<py::bytes> encode_groups(const std::vector<std::vector<Int8Array>>& groups, int threads) {
+std::vector<std::pair<py::bytes, Sizes>> encode_groups(const std::vector<std::vector<Int8Array>>& groups, int threads) {
     std::vector<std::vector<const std::int8_t*>> data(groups.size());
-    std::vector<std::vector<Bytes>> streams(groups.size());
+    std::vector<std::vector<Stream>> streams(groups.size());
     std::vector<std::function<void()>> jobs;
     for (std::size_t g = 0; g < groups.size(); ++g) {
         std::vector<Shape> shapes;
@@ -71,12 +82,16 @@ std::vector<py::bytes> encode_groups(const std::vector<std::vector<Int8Array>>& 
         py::gil_scoped_release unlocked;
         run_jobs(jobs, threads);
     }
-    std::vector<py::bytes> result;
+    std::vector<std::pair<py::bytes, Sizes>> result;
     for (const auto& group : streams) {
         Bytes out;
-        for (const auto& stream : group) put_length(out, stream.size());
-        for (const auto& stream : group) out.insert(out.end(), stream.begin(), stream.end());
-        result.emplace_back(reinterpret_cast<const char*>(out.data()), out.size());
+        std::vector<Sizes> ends;
+        for (const auto& stream : group) put_length(out, stream.bytes.size());
+        for (const auto& stream : group) {
+            out.insert(out.end(), stream.bytes.begin(), stream.bytes.end());
+            ends.push_back(stream.ends);
+        }
+        result.emplace_back(py::bytes(reinterpret_cast<const char*>(out.data()), out.size()), matrix_sizes(ends));
     }
     return result;
 }
@@ -107,9 +122,10 @@ std::vector<std::span<const std::uint8_t>> split_group(std::span<const std::uint
     return streams;
 }
 
-std::vector<std::vector<Int8Array>> decode_groups(
+std::vector<std::pair<std::vector<Int8Array>, Sizes>> decode_groups(
     const std::vector<std::pair<py::bytes, std::vector<std::pair<std::size_t, std::size_t>>>>& groups, int threads) {
-    std::vector<std::vector<Int8Array>> result(groups.size());
+    std::vector<std::pair<std::vector<Int8Array>, Sizes>> result(groups.size());
+    std::vector<std::vector<Sizes>> ends(groups.size());
     std::vector<std::vector<std::int8_t*>> data(groups.size());
     std::vector<std::function<void()>> jobs;
     for (std::size_t g = 0; g < groups.size(); ++g) {
@@ -122,17 +138,19 @@ std::vector<std::vector<Int8Array>> decode_groups(
         const auto plan = plan_streams(shapes);
         const auto streams = split_group(view(groups[g].first), shapes, plan);
         for (const auto& shape : shapes) {
-            result[g].emplace_back(std::vector<py::ssize_t>{static_cast<py::ssize_t>(shape.rows),
-                                                            static_cast<py::ssize_t>(shape.columns)});
-            data[g].push_back(result[g].back().mutable_data());
+            result[g].first.emplace_back(std::vector<py::ssize_t>{static_cast<py::ssize_t>(shape.rows),
+                                                                  static_cast<py::ssize_t>(shape.columns)});
+            data[g].push_back(result[g].first.back().mutable_data());
         }
+        ends[g].resize(plan.size());
         for (std::size_t s = 0; s < plan.size(); ++s)
-            jobs.push_back([&, g, stream = streams[s], range = plan[s], shape = shapes[plan[s].first]] {
-                decode_stream(stream, {&data[g][range.first], range.last - range.first}, shape);
+            jobs.push_back([&, g, s, stream = streams[s], range = plan[s], shape = shapes[plan[s].first]] {
+                ends[g][s] = decode_stream(stream, {&data[g][range.first], range.last - range.first}, shape);
             });
     }
     py::gil_scoped_release unlocked;
     run_jobs(jobs, threads);
+    for (std::size_t g = 0; g < groups.size(); ++g) result[g].second = matrix_sizes(ends[g]);
     return result;
 }
 

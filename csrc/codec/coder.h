@@ -1,7 +1,7 @@
 // Binary arithmetic coder: 32-bit interval, 16-bit probabilities, no carries, integers only.
 //
-// Encoder and Decoder have the same two members, `bit` and `finish`, so that a model is written once, as a template
-// over the coder, and both directions cannot drift apart.
+// Encoder and Decoder have the same members, `bit`, `finish` and `position` (in bytes), so that a model is written
+// once, as a template over the coder, and both directions cannot drift apart.
 #pragma once
 
 #include <cstddef>
@@ -46,6 +46,8 @@ class Encoder {
         for (int shift = 24; shift >= 0; shift -= 8) out_.push_back(static_cast<std::uint8_t>(low_ >> shift));
     }
 
+    std::size_t position() const { return out_.size(); }
+
     std::vector<std::uint8_t> take() { return std::move(out_); }
 
   private:
@@ -57,7 +59,7 @@ class Decoder {
   public:
     static constexpr bool decoding = true;
 
-    Decoder(const std::uint8_t* data, std::size_t size) : next_(data), end_(data + size) {
+    Decoder(const std::uint8_t* data, std::size_t size) : begin_(data), next_(data), end_(data + size) {
         for (int i = 0; i < 4; ++i) code_ = (code_ << 8) | byte();
     }
 
@@ -78,6 +80,9 @@ class Decoder {
         if (code_ != low_) throw StreamError("coded stream does not end where its encoder ended");
     }
 
+    // Where the encoder was after the same decisions: four bytes, read ahead, are still in the window.
+    std::size_t position() const { return static_cast<std::size_t>(next_ - begin_) - 4; }
+
   private:
     std::uint32_t byte() {
         if (next_ == end_) throw StreamError("coded stream ends before its last symbol");
@@ -85,7 +90,7 @@ class Decoder {
     }
 
     std::uint32_t low_ = 0, high_ = 0xffffffff, code_ = 0;
-    const std::uint8_t *next_, *end_;
+    const std::uint8_t *begin_, *next_, *end_;
 };
 
 }  // namespace pgolf::codec

@@ -4,21 +4,31 @@
 
 #include "linear.h"
 #include "similar.h"
+#include "trellis.h"
 
 namespace pgolf::codec {
 namespace {
 
 // An entry is predicted from the earlier entries of its row (the columns of a trained matrix are correlated, the
-// embedding's most), and coded relative to that: above or below, then the distance in unary. Each of these decisions
-// mixes counters that know how large entries are in this column, in this row and right here.
+// embedding's most), and coded relative to that: above or below, then the distance in unary, counted in entries that
+// the trellis allows. Each of these decisions mixes counters that know how large entries are in this column, in this
+// row and right here; parity enters only through the place of the prediction, since it hardly changes the
+// distribution's shape.
 class RowModel {
   public:
-    explicit RowModel(std::size_t columns)
-        : linear_(columns),
+    // States run down the columns, or along the rows of a transposed matrix.
+    RowModel(std::size_t columns, const Trellis& trellis, bool transpose)
+        : trellis_(trellis),
+          state_stride_(transpose ? 0 : 1),
+          states_(transpose ? 1 : columns),
+          linear_(columns),
           similar_(columns),
           unit_(columns, kTypical),
           column_size_(columns, kTypical),
           by_column_(columns * kNodes) {}
+
+    // The states that a matrix, or a transposed matrix's row, starts in.
+    void restart() { std::fill(states_.begin(), states_.end(), 0); }
 
     // Codes a row; a decoder fills it.
     template <class Coder>
@@ -31,8 +41,12 @@ class RowModel {
             std::int32_t &unit = unit_[j], &column_size = column_size_[j];
             const std::int32_t linear = prediction(j);
             const std::int32_t mean = clamped(linear + unscaled(similar_.predict(like, j), unit));
-            const int value = symbol(coder, {j, mean, column_size, row_size}, row[j]);
+            std::uint8_t& state = states_[j * state_stride_];
+            const int k = symbol(coder, {j, mean, column_size, row_size, state}, trellis_.index(state, row[j]));
+            const int value = trellis_.entry(state, k);
+            if (value < -128 || value > 127) throw StreamError("coded stream holds an entry that is no int8");
             row[j] = static_cast<std::int8_t>(value);
+            state = trellis_.next(state, k);
 
             const std::int32_t entry = value * kOne;
             const int residual = scaled(entry - linear, unit);
@@ -53,7 +67,7 @@ class RowModel {
     static constexpr int kTypical = 4 * kOne;
     static constexpr int kUnary = 24;  // distances from here on are Exp-Golomb
     static constexpr int kNodes = 1 + 2 * kUnary;
-    static constexpr int kFractions = 4;  // a prediction's place between two integers
+    static constexpr int kFractions = 4;  // a prediction's place between two allowed entries
     static constexpr int kLevels = 64;
     static constexpr int kPlaces = 32;  // integers around zero that a prediction may fall on
     static constexpr int kInputs = 5;
@@ -62,6 +76,7 @@ class RowModel {
     struct Where {
         std::size_t column;
         std::int32_t mean, column_size, row_size;
+        std::uint8_t state;
     };
 
     static int scaled(std::int32_t value, std::int32_t size) {
@@ -91,9 +106,11 @@ class RowModel {
         return result;
     }
 
+    // Codes an entry as its index k among those that the state allows.
     template <class Coder>
-    int symbol(Coder& coder, const Where& at, int value) {
-        const std::int32_t split = at.mean - kOne / 2;  // "above" starts at the integer nearest to the prediction
+    int symbol(Coder& coder, const Where& at, int k) {
+        const std::int32_t mean = trellis_.index(at.state, at.mean, kOne);
+        const std::int32_t split = mean - kOne / 2;  // "above" starts at the allowed entry nearest to the prediction
         const int floor = split >> 8, fraction = (split & 255) * kFractions / kOne;
         const auto counters = [&](std::vector<Counter>& table, int context) {
             return &table[static_cast<std::size_t>(context * kFractions + fraction) * kNodes];
@@ -102,7 +119,7 @@ class RowModel {
             counters(by_column_size_, std::min(level(at.column_size / 8), kLevels - 1)),
             counters(by_row_size_, std::min(level(at.row_size / 8), kLevels - 1)),
             counters(by_near_size_, std::min(level(near_size_ / 16), kLevels - 1)),
-            counters(by_place_, std::clamp(floor + kPlaces / 2, 0, kPlaces - 1)),
+            counters(by_place_, std::clamp(trellis_.entry(at.state, floor) + kPlaces / 2, 0, kPlaces - 1)),
             &by_column_[at.column * kNodes],
         };
         const auto decide = [&](int node, bool bit) {
@@ -110,14 +127,12 @@ class RowModel {
             for (int i = 0; i < kInputs; ++i) inputs[i] = contexts[i] + node;
             return mixer_.code(coder, node, inputs, kWindow, bit);
         };
-        const bool above = decide(0, value > floor);
-        const int wanted = above ? value - floor - 1 : floor - value;  // of no use to a decoder
+        const bool above = decide(0, k > floor);
+        const int wanted = above ? k - floor - 1 : floor - k;  // of no use to a decoder
         int distance = 0;
         while (distance < kUnary && decide((above ? 1 : 1 + kUnary) + distance, wanted > distance)) ++distance;
         if (distance == kUnary) distance += rest(coder, wanted - kUnary);
-        const int result = above ? floor + 1 + distance : floor - distance;
-        if (result < -128 || result > 127) throw StreamError("coded stream holds an entry that is no int8");
-        return result;
+        return above ? floor + 1 + distance : floor - distance;
     }
 
     // Exp-Golomb: the bit length of rest + 1 in unary, then the bits below its leading one.
@@ -129,6 +144,9 @@ class RowModel {
         return value - 1;
     }
 
+    Trellis trellis_;
+    std::size_t state_stride_;
+    std::vector<std::uint8_t> states_;
     Linear linear_;
     Similar similar_;
     std::int32_t rows_ = 0, near_size_ = kTypical;
@@ -153,21 +171,48 @@ std::vector<std::int8_t> transposed(const std::int8_t* from, Shape shape) {
 }
 
 template <class Coder>
-void code_rows(Coder& coder, RowModel& model, std::int8_t* matrix, Shape shape) {
-    for (std::size_t i = 0; i < shape.rows; ++i) model.row(coder, {matrix + i * shape.columns, shape.columns});
+void code_rows(Coder& coder, RowModel& model, std::int8_t* matrix, Shape shape, bool transpose) {
+    for (std::size_t i = 0; i < shape.rows; ++i) {
+        if (transpose || i == 0) model.restart();
+        model.row(coder, {matrix + i * shape.columns, shape.columns});
+    }
 }
 
-std::vector<std::uint8_t> encode_oriented(std::span<const std::int8_t* const> matrices, Shape shape, bool transpose) {
+bool obeys(std::span<const std::int8_t* const> matrices, Shape shape, const Trellis& trellis) {
+    for (const std::int8_t* matrix : matrices) {
+        std::vector<std::uint8_t> states(shape.columns);
+        for (std::size_t i = 0; i < shape.count(); ++i) {
+            std::uint8_t& state = states[i % shape.columns];
+            if (!trellis.allows(state, matrix[i])) return false;
+            state = trellis.next(state, trellis.index(state, matrix[i]));
+        }
+    }
+    return true;
+}
+
+// The first trellis that all matrices obey, plain where there is none. What obeys several (zeros do) may have any.
+std::size_t kind_of(std::span<const std::int8_t* const> matrices, Shape shape) {
+    for (std::size_t kind = 1; kind < kTrellises.size(); ++kind)
+        if (obeys(matrices, shape, kTrellises[kind])) return kind;
+    return 0;
+}
+
+Stream encode_oriented(std::span<const std::int8_t* const> matrices, Shape shape, std::size_t kind, bool transpose) {
     const Shape coded = transpose ? Shape{shape.columns, shape.rows} : shape;
-    RowModel model(coded.columns);
+    RowModel model(coded.columns, kTrellises[kind], transpose);
     Encoder coder;
+    Stream stream;
     coder.bit(32768, transpose);
+    for (int i = kKindBits - 1; i >= 0; --i) coder.bit(32768, (kind >> i) & 1);
     for (const std::int8_t* matrix : matrices) {
         auto copy = transpose ? transposed(matrix, shape) : std::vector<std::int8_t>(matrix, matrix + shape.count());
-        code_rows(coder, model, copy.data(), coded);
+        code_rows(coder, model, copy.data(), coded, transpose);
+        stream.ends.push_back(coder.position());
     }
     coder.finish();
-    return coder.take();
+    stream.ends.back() = coder.position();
+    stream.bytes = coder.take();
+    return stream;
 }
 
 }  // namespace
@@ -188,35 +233,45 @@ std::vector<Range> plan_streams(std::span<const Shape> shapes) {
     return streams;
 }
 
-std::vector<std::uint8_t> encode_stream(std::span<const std::int8_t* const> matrices, Shape shape) {
-    if (shape.count() == 0) return {};
-    std::vector<std::uint8_t> best;
+Stream encode_stream(std::span<const std::int8_t* const> matrices, Shape shape) {
+    if (shape.count() == 0) return {{}, std::vector<std::size_t>(matrices.size())};
+    const std::size_t kind = kind_of(matrices, shape);
+    Stream best;
     for (const bool transpose : {false, true}) {
         if (!may_run_along(transpose ? shape.rows : shape.columns, shape)) continue;
-        auto stream = encode_oriented(matrices, shape, transpose);
-        if (best.empty() || stream.size() < best.size()) best = std::move(stream);
+        auto stream = encode_oriented(matrices, shape, kind, transpose);
+        if (best.bytes.empty() || stream.bytes.size() < best.bytes.size()) best = std::move(stream);
     }
     return best;
 }
 
-void decode_stream(std::span<const std::uint8_t> stream, std::span<std::int8_t* const> matrices, Shape shape) {
+std::vector<std::size_t> decode_stream(std::span<const std::uint8_t> stream, std::span<std::int8_t* const> matrices,
+                                       Shape shape) {
+    std::vector<std::size_t> ends;
     if (shape.count() == 0) {
         if (!stream.empty()) throw StreamError("coded stream of empty matrices is not empty");
-        return;
+        ends.resize(matrices.size());
+        return ends;
     }
     Decoder coder(stream.data(), stream.size());
     const bool transpose = coder.bit(32768, 0);
     if (!may_run_along(transpose ? shape.rows : shape.columns, shape))
         throw StreamError("coded stream runs along the longer side of its matrices");
+    std::size_t kind = 0;
+    for (int i = 0; i < kKindBits; ++i) kind = 2 * kind + coder.bit(32768, 0);
+    if (kind >= kTrellises.size()) throw StreamError("coded stream names a trellis that does not exist");
     const Shape coded = transpose ? Shape{shape.columns, shape.rows} : shape;
-    RowModel model(coded.columns);
+    RowModel model(coded.columns, kTrellises[kind], transpose);
     for (std::int8_t* matrix : matrices) {
-        code_rows(coder, model, matrix, coded);
+        code_rows(coder, model, matrix, coded, transpose);
+        ends.push_back(coder.position());
         if (!transpose) continue;
         const auto turned = transposed(matrix, coded);
         std::copy(turned.begin(), turned.end(), matrix);
     }
     coder.finish();
+    ends.back() = stream.size();
+    return ends;
 }
 
 }  // namespace pgolf::codec

@@ -23,13 +23,21 @@ struct Range {
 constexpr std::size_t kStreamEntries = std::size_t{1} << 22;
 std::vector<Range> plan_streams(std::span<const Shape> shapes);
 
-// A valid stream holds at most this many entries a byte: an entry takes at least two decisions (see kMinProbability).
+// A valid stream holds at most this many entries a byte: an entry takes at least two decisions, also where its parity
+// is known (see kMinProbability).
 constexpr std::size_t kMaxEntriesPerByte = 8192;
 
-// Codes `matrices`, all of `shape`, row-major.
-std::vector<std::uint8_t> encode_stream(std::span<const std::int8_t* const> matrices, Shape shape);
+struct Stream {
+    std::vector<std::uint8_t> bytes;
+    std::vector<std::size_t> ends;  // where in `bytes` each matrix's part ends, to the byte below; the last at the end
+};
 
-// Fills `matrices`; throws StreamError on a stream that no encoder wrote, after bounded work.
-void decode_stream(std::span<const std::uint8_t> stream, std::span<std::int8_t* const> matrices, Shape shape);
+// Codes `matrices`, all of `shape`, row-major.
+Stream encode_stream(std::span<const std::int8_t* const> matrices, Shape shape);
+
+// Fills `matrices` and returns the stream's `ends`; throws StreamError on a stream that no encoder wrote, after bounded
+// work.
+std::vector<std::size_t> decode_stream(std::span<const std::uint8_t> stream, std::span<std::int8_t* const> matrices,
+                                       Shape shape);
 
 }  // namespace pgolf::codec
