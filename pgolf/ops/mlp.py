@@ -149,7 +149,7 @@ def unpack_signs(signs: Tensor) -> Tensor:
     """The inverse of `pack_signs`."""
     tiles, rows, _ = signs.shape
     places = torch.arange(8, device=signs.device, dtype=torch.uint8)
-    bits = (signs[..., None] >> places & 1).bool().view(tiles, rows, 4, 16, 2)
+    bits = (signs[..., None] >> places & 1).bool().reshape(tiles, rows, 4, 16, 2)
     return bits.permute(1, 0, 3, 2, 4).reshape(rows, tiles * FEATURES)
 
 
