@@ -517,7 +517,8 @@ def test_full_disk_while_training_keeps_the_checkpoint(made, tmp_path):
     run = tmp_path / "run"
     assert main(*train(made / "data", run, "--stop-after", "3")) == 0
     before = contents(run)
-    limit = len(before["checkpoint-000003.safetensors"]) - 1
+    # Well below a checkpoint: its header holds seconds, whose digits vary in number from one to the next.
+    limit = len(before["checkpoint-000003.safetensors"]) - 1000
     assert limit > len(before["tokenizer.model"])
     assert_full(limited(limit, *train(made / "data", run, "--resume")), run / "checkpoint-000008.safetensors")
     after = contents(run)
