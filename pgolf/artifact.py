@@ -46,6 +46,7 @@ Array = NDArray[Any]
 MAGIC = b"\x89PGOLF\r\n"
 VERSION = 2
 DTYPES = ("float16", "float32", "int8", "int16", "int32", "int64", "uint8")
+CAP = 16_000_000  # bytes that the rules allow a file, weights and code
 LIMIT = 2**30  # bytes of a file, and of all its arrays
 
 _HEADER = struct.Struct("<8sIIIQ")
@@ -96,10 +97,20 @@ def save(
     source: bytes = b"",
     threads: int | None = None,
 ) -> int:
-    """Write an artifact atomically; returns its bytes.
+    """Write an artifact atomically; returns how many bytes it has.
+
+    Arguments and errors as in `pack`; PgolfError when the file cannot be written.
+    """
+    data = pack(state, metadata, source, threads)
+    files.write_bytes(path, data)
+    return len(data)
+
+
+def pack(state: dict[str, Array], metadata: dict[str, Any], source: bytes = b"", threads: int | None = None) -> bytes:
+    """An artifact's bytes.
 
     `state` maps names to arrays of the types in `DTYPES`, any shapes; `metadata` must be JSON without NaN.
-    Raises ArtifactError for content that does not fit, PgolfError when the file cannot be written.
+    Raises ArtifactError for content that does not fit.
     """
     for name, array in state.items():
         if array.dtype.name not in DTYPES:
@@ -130,41 +141,48 @@ def save(
     payload = coded_table + b"".join(coded for _, coded in sections)
     size = _HEADER.size + len(payload) + _DIGEST
     body = _HEADER.pack(MAGIC, VERSION, len(coded_table), len(text), size) + payload
-    files.write_bytes(path, body + hashlib.sha256(body).digest())
-    return size
+    return body + hashlib.sha256(body).digest()
 
 
 def load(path: str | Path, threads: int | None = None) -> Artifact:
     """Read an artifact; ArtifactError or CodecError, naming the problem, on a file that `save` did not write."""
+    return measure(path, threads)[0]
+
+
+def measure(path: str | Path, threads: int | None = None) -> tuple[Artifact, dict[str, int], dict[str, int]]:
+    """What `load`, `sizes` and `matrix_sizes` give, from one reading."""
     data, entries, table, sections = _read(path)
     matrices, plains = _plan(entries)
     coded_groups = [(data[slice(*sections[name])], _shapes(group)) for name, group in matrices.items()]
     arrays: dict[str, Array] = {}
-    for group, decoded in zip(matrices.values(), codec.decode_groups(coded_groups, threads), strict=True):
-        arrays.update(zip((entry.name for entry in group), decoded, strict=True))
+    parts: dict[str, int] = {}
+    for group, (decoded, coded) in zip(matrices.values(), codec.decode_and_measure(coded_groups, threads), strict=True):
+        names = [entry.name for entry in group]
+        arrays.update(zip(names, decoded, strict=True))
+        parts.update(zip(names, coded, strict=True))
     for dtype, group in plains.items():
         size = sum(entry.nbytes for entry in group)
         arrays.update(_from_planes(codec.decode_bytes(data[slice(*sections[dtype])], size), group, dtype))
     source = codec.decode_bytes(data[slice(*sections["source"])], table["source"])
-    return Artifact({entry.name: arrays[entry.name] for entry in entries}, table["metadata"], source)
+    result = Artifact({entry.name: arrays[entry.name] for entry in entries}, table["metadata"], source)
+    return result, _sizes(data, sections), parts
 
 
 def sizes(path: str | Path) -> dict[str, int]:
     """Coded bytes of each section, of the "table" and of the rest ("container"); they add up to the file's size."""
     data, _, _, sections = _read(path)
-    result = {name: end - start for name, (start, end) in sections.items()}
-    result["table"] = _HEADER.unpack_from(data)[2]
-    result["container"] = _HEADER.size + _DIGEST
-    return result
+    return _sizes(data, sections)
 
 
 def matrix_sizes(path: str | Path, threads: int | None = None) -> dict[str, int]:
-    """Coded bytes of each matrix by name, parts of its section in `sizes` (`codec.sizes`); decodes the matrices."""
-    data, entries, _, sections = _read(path)
-    result: dict[str, int] = {}
-    for name, group in _plan(entries)[0].items():
-        parts = codec.matrix_sizes(data[slice(*sections[name])], _shapes(group), threads)
-        result.update(zip((entry.name for entry in group), parts, strict=True))
+    """Coded bytes of each matrix by name, parts of its section in `sizes` (`codec.sizes`); decodes the file."""
+    return measure(path, threads)[2]
+
+
+def _sizes(data: bytes, sections: dict[str, tuple[int, int]]) -> dict[str, int]:
+    result = {name: end - start for name, (start, end) in sections.items()}
+    result["table"] = _HEADER.unpack_from(data)[2]
+    result["container"] = _HEADER.size + _DIGEST
     return result
 
 

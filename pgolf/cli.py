@@ -111,6 +111,12 @@ def _parser(with_settings: bool) -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=int, default=50, metavar="K", help="sample from the K likeliest (0: all)")
     sub.add_argument("--seed", type=int, default=0)
 
+    sub = command("inspect", "say where an artifact's bytes go, weight by weight, and what another budget would change")
+    sub.add_argument("path", type=Path, metavar="RUN|FILE")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG as well (needs matplotlib)")
+    sub.add_argument("--what-if", type=int, metavar="BYTES", help="estimate bits and distortion at another budget")
+
     command("doctor", "say what this machine offers: compilers, GPU, kernels, attention backends")
     return parser
 
@@ -131,7 +137,7 @@ def _artifact_path(path: Path) -> Path:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """Numbers that would train or score nothing."""
-    for name in ("docs", "stop_after"):
+    for name in ("docs", "stop_after", "what_if"):
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise PgolfError(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -251,6 +257,12 @@ def _generate(args: argparse.Namespace) -> None:
     )
 
 
+def _inspect(args: argparse.Namespace) -> None:
+    from pgolf import inspection
+
+    inspection.run(_artifact_path(args.path), args.json, args.plot, args.what_if)
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from pgolf import console, doctor
 
@@ -271,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "run": _run,
         "generate": _generate,
+        "inspect": _inspect,
         "doctor": _doctor,
     }
     from pgolf.interrupt import Stopped

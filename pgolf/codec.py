@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from pgolf import _codec
 from pgolf.errors import PgolfError
 
+# (h0, h1) by number of states, octal: the trellises of `csrc/codec/trellis.h`.
+TRELLISES = {4: (0o5, 0o2), 8: (0o13, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24), 256: (0o515, 0o362)}
+
 Matrix = NDArray[np.int8]
 Shape = tuple[int, int]
 
@@ -52,17 +55,18 @@ def decode_groups(groups: Sequence[tuple[bytes, Sequence[Shape]]], threads: int 
 
     Memory and time are bounded by the bytes given: shapes that the bytes cannot fill are refused before allocating.
     """
-    return [matrices for matrices, _ in _decode(groups, threads)]
+    return [matrices for matrices, _ in decode_and_measure(groups, threads)]
 
 
 def matrix_sizes(coded: bytes, shapes: Sequence[Shape], threads: int | None = None) -> list[int]:
     """`sizes` of one group from its coded bytes, which this decodes; CodecError as `decode_groups`."""
-    return _decode([(coded, shapes)], threads)[0][1]
+    return decode_and_measure([(coded, shapes)], threads)[0][1]
 
 
-def _decode(
-    groups: Sequence[tuple[bytes, Sequence[Shape]]], threads: int | None
+def decode_and_measure(
+    groups: Sequence[tuple[bytes, Sequence[Shape]]], threads: int | None = None
 ) -> list[tuple[list[Matrix], list[int]]]:
+    """`decode_groups` and `matrix_sizes` at once, a pair for each group."""
     for rows, columns in (shape for _, shapes in groups for shape in shapes):
         if not (0 <= rows < 2**31 and 0 <= columns < 2**31):
             raise CodecError(f"a matrix cannot have the shape {rows} x {columns}")

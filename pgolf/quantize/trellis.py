@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pgolf import _trellis
+from pgolf.codec import TRELLISES
 from pgolf.errors import PgolfError
 from pgolf.quantize import gptq
 
-TRELLISES = {4: (0o5, 0o2), 8: (0o13, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24), 256: (0o515, 0o362)}  # (h0, h1)
 LARGEST = 127
 OCTAVE = 8  # column steps in a factor of two
 STEP_LIMIT = 3 * OCTAVE  # a column's factor stays within 1/8 and 8
