@@ -489,6 +489,19 @@ def test_collector_sums_calls_and_shares_inputs() -> None:
         torch.testing.assert_close(act_rms[name].double(), rows.square().mean(0).sqrt(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_squares_bfloat16_exactly() -> None:
+    """Products of bfloat16 numbers are exact in float32; sums of 5,000 of them stay within float32's error of them."""
+    x = torch.randn(2, 2500, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    collector = HessianCollector()
+    collector.add(("a",), x.cuda())
+    (hessians, _) = collector.finish(1)
+    exact = x.flatten(0, 1).double()
+    assert hessians["a"].dtype == torch.float32
+    most = 5000 * 2.0**-23 * (exact.abs().T @ exact.abs())
+    assert bool(((hessians["a"].cpu().double() - exact.T @ exact).abs() <= most).all())
+
+
 def test_collector_sums_in_float32_under_autocast() -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     collector = HessianCollector()

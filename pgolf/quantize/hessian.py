@@ -16,10 +16,10 @@ Statistics = tuple[dict[str, Tensor], dict[str, Tensor]]  # (Hessians [in, in], 
 
 
 class Observed(Protocol):
-    """What `collect` needs of a model: its compute type, a hook on its matrices' inputs, a forward that fires it."""
+    """What `collect` needs of a model: its compute type, a hook on its matrices, a forward that fires it."""
 
     dtype: torch.dtype
-    observer: Callable[[tuple[str, ...], Tensor], None] | None
+    observer: Callable[[tuple[str, ...], Tensor, tuple[Tensor, ...]], None] | None
 
     def hidden(self, ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, /) -> Tensor: ...
 
@@ -31,14 +31,20 @@ class HessianCollector:
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._rows: dict[tuple[str, ...], int] = {}
 
-    def add(self, names: tuple[str, ...], x: Tensor) -> None:
+    def add(self, names: tuple[str, ...], x: Tensor, outputs: tuple[Tensor, ...] = ()) -> None:
         """Add the inputs `x` [..., in] of the matrices `names`; float32 sums on the device of `x`.
 
-        A recurrent layer calls this once a pass, and every pass counts.
+        A recurrent layer calls this once a pass, and every pass counts. Token ids, which an embedding reads, and the
+        outputs do not.
         """
-        x = x.detach().reshape(-1, x.shape[-1]).float()
+        if not x.is_floating_point():
+            return
+        x = x.detach().reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):  # autocast would square in bfloat16
-            square = x.T @ x
+            if x.is_cuda and x.dtype == torch.bfloat16:  # exact products, float32 sums, on tensor cores
+                square = torch.mm(x.T, x, out_dtype=torch.float32)
+            else:
+                square = x.float().T @ x.float()
         if names in self._sums:
             self._sums[names] += square
             self._rows[names] += x.shape[0]
