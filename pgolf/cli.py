@@ -86,6 +86,7 @@ def _parser(with_settings: bool) -> argparse.ArgumentParser:
     sub = command("quantize", "quantize a trained run and pack it into model.pgolf", settings=True)
     sub.add_argument("run", type=Path, metavar="RUN", help="run folder")
     common(sub)
+    sub.add_argument("--budget", type=int, metavar="BYTES", help="fill so many bytes, code included (quantize.budget)")
     _set(sub)
 
     sub = command("eval", "score a run folder's artifact, or a model.pgolf file, in bits per byte", settings=True)
@@ -137,7 +138,7 @@ def _artifact_path(path: Path) -> Path:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """Numbers that would train or score nothing."""
-    for name in ("docs", "stop_after", "what_if"):
+    for name in ("docs", "stop_after", "budget", "what_if"):
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise PgolfError(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -195,7 +196,8 @@ def _train(args: argparse.Namespace) -> None:
 def _quantize(args: argparse.Namespace) -> None:
     from pgolf import config, pipeline
 
-    change = lambda settings: config.override(settings, args.assignments)  # noqa: E731
+    budget = [] if args.budget is None else [f"quantize.budget={args.budget}"]
+    change = lambda settings: config.override(settings, budget + args.assignments)  # noqa: E731
     pipeline.quantize(args.run, args.data, _device(args.device), change)
 
 

@@ -142,35 +142,54 @@ class TrainConfig:
 class QuantizeConfig:
     """Quantization (recipe section 4)."""
 
-    calibration_batches: int = option(16, "micro-batches of training data behind the Hessians")
+    mode: str = option("trellis", "trellis: trellis-coded levels that fill a budget; record: rounding as published")
+    budget: int = option(
+        0, "bytes of weights and code to fill (0: trellis 16,000,000; record: as many as its clips make)"
+    )
+    states: int = option(64, "trellis: states of the search, 4, 8, 32, 64 or 256")
+    rate: float = option(0.364, "trellis: what a bit is worth, in squared steps")
+    column_steps: bool = option(True, "trellis: a step for each column too, by what its error costs")
+    row_power: float = option(0.5, "trellis: row steps go with sensitivity^(-row_power / 2); 0: equal in a matrix")
+    row_floor: float = option(0.01, "trellis: least sensitivity of a row, as a share of its matrix's mean")
+    sensitivity_tokens: int = option(
+        16_384, "trellis: tokens of each calibration batch that the loss's gradients are taken of (0: none)"
+    )
+    calibration_batches: int = option(
+        0,
+        "micro-batches of training data behind the Hessians, a rank (0: record 16; trellis 16, but 64 over all ranks)",
+    )
     calibration: str = option("all", "all: Hessians averaged over ranks; rank0: the record's behaviour")
-    matrix_bits: int = option(6, "bits of attention and MLP integers")
-    embed_bits: int = option(7, "bits of the embedding's integers")
-    mlp_clip: float = option(11.5, "range of an MLP row, in its standard deviations")
-    attn_clip: float = option(13.0, "range of an attention row, in its standard deviations")
-    matrix_clip: float = option(12.85, "range of any other matrix row, in its standard deviations")
-    embed_clip: float = option(14.0, "range of an embedding row, in its standard deviations")
+    matrix_bits: int = option(6, "record: bits of attention and MLP integers")
+    embed_bits: int = option(7, "record: bits of the embedding's integers")
+    mlp_clip: float = option(11.5, "record: range of an MLP row, in its standard deviations")
+    attn_clip: float = option(13.0, "record: range of an attention row, in its standard deviations")
+    matrix_clip: float = option(12.85, "record: range of any other matrix row, in its standard deviations")
+    embed_clip: float = option(14.0, "record: range of an embedding row, in its standard deviations")
     damping: float = option(0.01, "added to the Hessian's diagonal, as a share of its mean")
     block: int = option(128, "GPTQ columns per block")
     passthrough: int = option(65_536, "matrices of at most this many entries stay fp16")
-    awq_groups: int = option(1, "most salient column groups kept at awq_bits")
-    awq_group_size: int = option(64, "columns per protected group")
-    awq_bits: int = option(8, "bits of protected groups")
-    lqer_rank: int = option(4, "rank of the residual correction (0: off)")
-    lqer_top: int = option(3, "matrices with the largest residual that get a correction")
-    lqer_group: int = option(64, "entries of B sharing a scale")
-    lqer_asymmetric: bool = option(True, "A int2, B int4 by groups; false: both int4, a scale per row")
+    awq_groups: int = option(1, "record: most salient column groups kept at awq_bits")
+    awq_group_size: int = option(64, "record: columns per protected group")
+    awq_bits: int = option(8, "record: bits of protected groups")
+    lqer_rank: int = option(4, "record: rank of the residual correction (0: off)")
+    lqer_top: int = option(3, "record: matrices with the largest residual that get a correction")
+    lqer_group: int = option(64, "record: entries of B sharing a scale")
+    lqer_asymmetric: bool = option(True, "record: A int2, B int4 by groups; false: both int4, a scale per row")
 
     def __post_init__(self) -> None:
+        require(self.mode in ("record", "trellis"), f"quantize.mode must be record or trellis, got {self.mode!r}")
+        require(self.states in (4, 8, 32, 64, 256), f"quantize.states must be 4, 8, 32, 64 or 256, got {self.states}")
+        for name, most in (("rate", 10), ("row_power", 2), ("row_floor", 1)):
+            require(0 <= getattr(self, name) <= most, f"quantize.{name} must be 0 to {most}, got {getattr(self, name)}")
         require(self.calibration in ("all", "rank0"), "quantize.calibration must be all or rank0")
-        require(self.calibration_batches > 0, "quantize.calibration_batches must be positive")
         for name in ("matrix_bits", "embed_bits", "awq_bits"):
             require(2 <= getattr(self, name) <= 8, f"quantize.{name} must be 2 to 8, got {getattr(self, name)}")
         for name in ("mlp_clip", "attn_clip", "matrix_clip", "embed_clip"):
             require(getattr(self, name) > 0, f"quantize.{name} must be positive, got {getattr(self, name)}")
         for name in ("block", "awq_group_size", "lqer_group"):
             require(getattr(self, name) > 0, f"quantize.{name} must be positive, got {getattr(self, name)}")
-        for name in ("passthrough", "awq_groups", "lqer_rank", "lqer_top", "damping"):
+        sizes = ("budget", "sensitivity_tokens", "calibration_batches", "passthrough", "awq_groups", "lqer_rank")
+        for name in (*sizes, "lqer_top", "damping"):
             require(getattr(self, name) >= 0, f"quantize.{name} must not be negative, got {getattr(self, name)}")
 
 

@@ -9,14 +9,15 @@ State = dict[str, NDArray]
 Weights = NDArray[np.float32]
 
 # Suffixes that belong to the quantized form of one weight; everything else passes through.
-_PARTS = "scale awqg_start awqg_size awqg_s_hi lqA_a lqAs_a lqB_a lqBs_a lqA lqAs lqB lqBs gs".split()
+_PARTS = "scale step awqg_start awqg_size awqg_s_hi lqA_a lqAs_a lqB_a lqBs_a lqA lqAs lqB lqBs gs".split()
 
 
 def dequantize(state: State) -> dict[str, Weights]:
     """Float32 weights by name, from the flat arrays that `artifact.load` gives.
 
-    A weight NAME is an array NAME; or `NAME.q` int8 [out, in] with `NAME.scale` [out] and, optionally, protected
-    column groups (`.awqg_*`) and a low-rank correction (`.lqA*`, `.lqB*`); or a gate `NAME.gq` with `NAME.gs`.
+    A weight NAME is an array NAME; or `NAME.q` int8 [out, in] with `NAME.scale` [out] and, optionally, column
+    factors 2^(step / 8), `NAME.step` int8 [in], protected column groups (`.awqg_*`) and a low-rank correction (`.lqA*`,
+    `.lqB*`); or a gate `NAME.gq` with `NAME.gs`.
     Raises PgolfError naming the array that is missing or does not fit.
     """
     result: dict[str, Weights] = {}
@@ -33,12 +34,19 @@ def dequantize(state: State) -> dict[str, Weights]:
     return result
 
 
+def column_factor(step: NDArray) -> Weights:
+    """float32: 2^(step / 8)."""
+    return np.exp2(step.astype(np.float64) / 8).astype(np.float32)
+
+
 def _matrix(state: State, name: str) -> Weights:
     q = _f32(state[f"{name}.q"])
     if q.ndim != 2:
         raise PgolfError(f"{name}.q must have 2 dimensions, got {q.shape}")
     rows, columns = q.shape
     weights = q * _part(state, name, "scale", (rows,))[:, None]
+    if f"{name}.step" in state:
+        weights *= column_factor(_part(state, name, "step", (columns,)))
     if f"{name}.awqg_start" in state:
         starts = _part(state, name, "awqg_start").astype(np.int64).reshape(-1)
         size = int(_part(state, name, "awqg_size", ()))

@@ -20,7 +20,9 @@ from pgolf.ops.mlp import mlp as fused_mlp
 
 BOS = 1
 
-Observer = Callable[[tuple[str, ...], Tensor], None]
+# (names of matrices, what they read, what each gives); the embedding is told as input, with the ids that it reads, and
+# as head, whose outputs nobody has computed yet: ().
+Observer = Callable[[tuple[str, ...], Tensor, tuple[Tensor, ...]], None]
 
 
 class AdapterSet(Protocol):
@@ -83,7 +85,7 @@ def attend(n: Tensor, layer: Layer, context: Context, xsa: bool, delta: Any = No
     heads = layer.q_gain.shape[0]
     q, k, v = F.linear(n, layer.q), F.linear(n, layer.k), F.linear(n, layer.v)
     if observe is not None:
-        observe(("attn.c_q", "attn.c_k", "attn.c_v"), n)
+        observe(("attn.c_q", "attn.c_k", "attn.c_v"), n, (q, k, v))
     if delta is not None:
         q, k, v = _add(q, delta("q", n)), _add(k, delta("k", n)), _add(v, delta("v", n))
     head_dim = q.shape[-1] // heads
@@ -95,9 +97,9 @@ def attend(n: Tensor, layer: Layer, context: Context, xsa: bool, delta: Any = No
         y = exclude_self(y, v)
     gate = torch.sigmoid(context.gate_scale * F.linear(n[..., : layer.gate.shape[-1]], layer.gate.to(n.dtype)))
     y = (y * gate[..., None]).flatten(-2)
-    if observe is not None:
-        observe(("attn.proj",), y)
     out = F.linear(y, layer.o)
+    if observe is not None:
+        observe(("attn.proj",), y, (out,))
     return out if delta is None else _add(out, delta("o", n))
 
 
@@ -106,10 +108,11 @@ def mlp(n: Tensor, layer: Layer, delta: Any = None, observe: Any = None) -> Tens
     if observe is None:
         out = fused_mlp(n, layer.up, layer.down)
     else:
-        hidden = F.leaky_relu(F.linear(n, layer.up), 0.5).square()
-        observe(("mlp.fc",), n)
-        observe(("mlp.proj",), hidden)
+        up = F.linear(n, layer.up)
+        observe(("mlp.fc",), n, (up,))
+        hidden = F.leaky_relu(up, 0.5).square()
         out = F.linear(hidden, layer.down)
+        observe(("mlp.proj",), hidden, (out,))
     return out if delta is None else _add(out, delta("mlp", n))
 
 
@@ -295,6 +298,8 @@ class GPT(nn.Module):
         """
         config = self.config
         x0 = self._embed(ids)
+        if self.observer is not None:
+            self.observer(("tok_emb.weight",), ids, (x0,))
         x = x0.view_as(x0)  # another tensor object: identical arguments would compile the first layer twice
         context = self._context(ids.shape[1], cu_seqlens, max_seqlen, x)
         layers = self._layers(x.dtype)
@@ -325,7 +330,7 @@ class GPT(nn.Module):
                 x = run_block(x, x0, layers[i], context, i >= first_xsa, *hooks)
         h = norm(x if lanes is None else (lanes[0] + lanes[1]) / 2)
         if self.observer is not None:
-            self.observer(("tok_emb.weight",), h)
+            self.observer(("tok_emb.weight",), h, ())
         return h
 
     def _hooks(self, adapters: AdapterSet | None, slot: int, i: int) -> tuple[Any, ...]:
@@ -336,7 +341,7 @@ class GPT(nn.Module):
         delta = None if adapters is None else (lambda target, x: adapters.delta(target, slot, x))
         if observer is None:
             return (delta,)
-        return delta, lambda roles, x: observer(tuple(f"blocks.{i}.{role}.weight" for role in roles), x)
+        return delta, lambda roles, x, y: observer(tuple(f"blocks.{i}.{role}.weight" for role in roles), x, y)
 
     def raw_logits(self, h: Tensor, adapters: AdapterSet | None = None) -> Tensor:
         """Logits before any softcap: h [B, T, D] -> [B, T, V] in h's type."""

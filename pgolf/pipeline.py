@@ -14,19 +14,21 @@ import torch
 
 from pgolf import __version__, artifact, banks, checkpoint, console, loading, parallel, score, ttt
 from pgolf import train as training
-from pgolf.config import Config, EvalConfig, TTTConfig, from_dict, to_dict
+from pgolf.config import Config, EvalConfig, QuantizeConfig, TTTConfig, from_dict, to_dict
 from pgolf.data import build, shards
 from pgolf.data.loader import Loader
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.errors import PgolfError
 from pgolf.files import make_folder, read_object, write_bytes, write_json
+from pgolf.inspection import ACCOUNT
 from pgolf.model import BOS, GPT
-from pgolf.quantize.hessian import collect
-from pgolf.quantize.solve import quantize_state
+from pgolf.quantize import sensitivity
+from pgolf.quantize.hessian import Statistics, collect
+from pgolf.quantize.solve import quantize_scaled, quantize_state, quantize_trellis
 from pgolf.schedule import parse_contexts
 from pgolf.source import scoring_source
 
-CAP = 16_000_000  # bytes of weights and code
+CAP = artifact.CAP
 TOKENIZER = "tokenizer.model"
 ARTIFACT = "model.pgolf"
 
@@ -138,17 +140,19 @@ def averaged_model(run: Path, device: torch.device) -> tuple[GPT, Config]:
     return model.to(device), config
 
 
-def quantize(
-    run: Path, data: Path, device: torch.device, assignments: Callable[[Config], Config] | None = None
-) -> Path:
-    """Calibrate, solve and pack the averaged weights of `run` into model.pgolf; prints sizes against the cap."""
-    model, config = averaged_model(run, device)
-    config = assignments(config) if assignments else config
-    sha = check_data(data, config.model.vocab_size)
-    check_tokenizer(run, data, sha)
-    dtype = model.dtype = training.compute_dtype(config, device)
+def calibration_batches(settings: QuantizeConfig) -> int:
+    """Micro-batches that each rank calibrates on: as set, or the record's 16; mode trellis sees at least 64 in all."""
+    if settings.calibration_batches:
+        return settings.calibration_batches
+    ranks = parallel.world_size() if settings.calibration == "all" else 1
+    return max(16, 64 // ranks) if settings.mode == "trellis" else 16
+
+
+def _calibrate(
+    model: GPT, data: Path, config: Config, device: torch.device
+) -> tuple[Statistics, sensitivity.Sensitivity | None]:
+    """What the first training batches say about the matrices: Hessians and input RMS; in mode trellis sensitivities."""
     settings = config.quantize
-    started = time.perf_counter()
     context = parse_contexts(config.train.contexts)[-1][0]
     with Loader(
         shards.train_files(data),
@@ -158,18 +162,33 @@ def quantize(
         micro_batch=config.train.micro_batch,
         vocab_size=config.model.vocab_size,
     ) as loader:
-        fresh = (loader.next_batch(context) for _ in range(settings.calibration_batches))
-        batches = ((batch.inputs, batch.cu_seqlens, batch.max_seqlen) for batch in fresh)
-        hessians, act_rms = collect(model, batches, device, dtype, all_reduce=settings.calibration == "all")
+        fresh = [loader.next_batch(context) for _ in range(calibration_batches(settings))]
+    everyone = settings.calibration == "all"
+    batches = ((batch.inputs, batch.cu_seqlens, batch.max_seqlen) for batch in fresh)
+    statistics = collect(model, batches, device, model.dtype, all_reduce=everyone)
+    if settings.mode != "trellis" or not settings.sensitivity_tokens:
+        return statistics, None
+    tokens = settings.sensitivity_tokens
+    slices = (sensitivity.take(b.inputs, b.targets, b.cu_seqlens, b.max_seqlen, tokens) for b in fresh)
+    return statistics, sensitivity.collect(model, slices, device, model.dtype, all_reduce=everyone)
+
+
+def quantize(
+    run: Path, data: Path, device: torch.device, assignments: Callable[[Config], Config] | None = None
+) -> Path:
+    """Calibrate, solve and pack the averaged weights of `run` into model.pgolf; prints sizes against the cap."""
+    model, config = averaged_model(run, device)
+    config = assignments(config) if assignments else config
+    sha = check_data(data, config.model.vocab_size)
+    check_tokenizer(run, data, sha)
+    model.dtype = training.compute_dtype(config, device)
+    settings = config.quantize
+    started = time.perf_counter()
+    (hessians, act_rms), costs = _calibrate(model, data, config, device)
     calibrated = time.perf_counter()
     path = run / ARTIFACT
     if parallel.rank() == 0:
         matrices = banks.unbank({name: p.detach() for name, p in model.state_dict().items()}, config.model.num_layers)
-        with console.Bar("quantize", every=30.0) as bar:
-            state, _ = quantize_state(
-                matrices, hessians, act_rms, settings, lambda done, total, name: bar.update(done / total, name)
-            )
-        solved = time.perf_counter()
         metadata = {
             "model": to_dict(config.model),
             "looping": model.looping,
@@ -178,16 +197,57 @@ def quantize(
             "seed": config.seed,
             "tokenizer_sha256": sha,
         }
-        size = artifact.save(path, state, metadata, scoring_source())
-        packed = time.perf_counter()
-        note(
-            run,
-            artifact_bytes=size,
-            seconds={"calibrate": calibrated - started, "solve": solved - calibrated, "pack": packed - solved},
-        )
+        source = scoring_source()
+        packing = 0.0
+
+        def pack(state: dict[str, np.ndarray]) -> bytes:
+            nonlocal packing
+            begun = time.perf_counter()
+            packed = artifact.pack(state, metadata, source)
+            packing += time.perf_counter() - begun
+            return packed
+
+        budget = settings.budget or (CAP if settings.mode == "trellis" else 0)
+        account: dict[str, Any] = {}
+        with console.Bar("quantize", every=30.0) as bar:
+
+            def show(done: int, total: int, name: str) -> None:
+                bar.update(done / total, name)
+
+            if settings.mode == "trellis":
+                fitted = quantize_trellis(matrices, hessians, act_rms, costs, settings, budget, pack, show)
+                packed, account = fitted.packed, fitted.report
+            elif budget:
+                fitted = quantize_scaled(matrices, hessians, act_rms, settings, budget, pack, show)
+                packed, account = fitted.packed, fitted.report
+            else:
+                packed = pack(quantize_state(matrices, hessians, act_rms, settings, show)[0])
+        size = len(packed)
+        write_bytes(path, packed)
+        if account:
+            write_json(run / ACCOUNT, {"bytes": size, "budget": budget} | account)
+            console.say(_outcome(account, size, budget))
+        else:
+            (run / ACCOUNT).unlink(missing_ok=True)  # it would tell of another artifact
+        solving = time.perf_counter() - calibrated - packing
+        note(run, artifact_bytes=size, seconds={"calibrate": calibrated - started, "solve": solving, "pack": packing})
         verdict = "within" if size <= CAP else f"{size - CAP:,} bytes OVER"
         console.say(f"{path}: {size:,} bytes, weights and code; {verdict} the cap of {CAP:,}")
     return path
+
+
+def _outcome(account: dict[str, Any], size: int, budget: int) -> str:
+    """In one line how a search for the steps that fill a budget ended."""
+    text = f"{len(account['tries'])} solves"
+    if "matrices" in account:
+        nats = sum(matrix["nats"] for matrix in account["matrices"].values())
+        text += f"; expected loss by quantization {nats:.5f} nats a token"
+    if account["outcome"] != "filled":
+        why = "finer steps could not hold the largest weights"
+        if account["outcome"] == "closest":
+            why = "no steps that were tried come closer"
+        text += f"; {budget - size:,} bytes of the budget stay free: {why}"
+    return text
 
 
 def first_documents(tokens: np.ndarray, counts: np.ndarray, documents: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from pgolf.errors import PgolfError
 
 
 def record() -> Config:
-    """The record: 8 GPUs, 600 s of training, every constant as published."""
+    """The record: 8 GPUs, 600 s of training, every constant as published; quantize.mode=record rounds like it too."""
     return Config(recipe="record")
 
 
@@ -53,7 +53,7 @@ def demo() -> Config:
             log_every=10,
             compile="off",
         ),
-        quantize=QuantizeConfig(calibration_batches=8, passthrough=4096),
+        quantize=QuantizeConfig(mode="record", calibration_batches=8, passthrough=4096),
         eval=EvalConfig(context=384, stride=192),
         ttt=TTTConfig(
             batch_size=8,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf import artifact, config, generate, loading, pipeline, recipes, source
+from pgolf import artifact, cli, config, generate, loading, pipeline, recipes, source
 from pgolf.data import build, shards
 from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf.errors import PgolfError
@@ -338,6 +338,84 @@ def test_resuming_with_data_of_another_tokenizer_is_refused(data, other_data, tm
 def test_a_machine_without_git_trains(data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert pipeline.environment(CPU)["commit"] is None
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    """A run that is trained and nothing more."""
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    for name in ("checkpoint-000012.safetensors", "run.json", "tokenizer.model"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    return folder
+
+
+def quantize(folder, data, *more):
+    words = ["quantize", folder, "--data", data, "--device", "cpu", "--set", "quantize.passthrough=500", *more]
+    return cli.main([str(word) for word in words])
+
+
+def test_a_budget_is_filled_and_accounted_for(run, trained, data, capsys):
+    assert quantize(trained, data) == 0  # mode record
+    budget = (trained / pipeline.ARTIFACT).stat().st_size - 2000
+    assert not (trained / pipeline.ACCOUNT).exists()
+    fill = ["--budget", budget, "--set", "quantize.mode=trellis"]
+    assert quantize(trained, data, *fill) == 0
+    size = (trained / pipeline.ARTIFACT).stat().st_size
+    assert budget - max(budget // 1600, 64) <= size <= budget
+    account = read_json(trained / pipeline.ACCOUNT)
+    assert account["bytes"] == size == read_json(trained / "run.json")["artifact_bytes"]
+    assert account["budget"] == budget and account["outcome"] == "filled"
+    names = {
+        name.removesuffix(".q") for name in artifact.load(trained / pipeline.ARTIFACT).state if name.endswith(".q")
+    }
+    assert account["matrices"].keys() == names and len(names) == 4 * 6 + 1
+    assert "expected loss by quantization" in capsys.readouterr().out
+    loaded = loading.load(trained / pipeline.ARTIFACT, CPU)
+    result = pipeline.evaluate(loaded.model, data, loaded.eval, None, 0)
+    assert result["bpb"] == pytest.approx(scores(run)["weights"]["bpb"], rel=0.02)
+    # The same bytes again; and nothing of an account when the record's way follows.
+    first = (trained / pipeline.ARTIFACT).read_bytes()
+    assert quantize(trained, data, *fill) == 0
+    assert (trained / pipeline.ARTIFACT).read_bytes() == first
+    assert quantize(trained, data) == 0 and not (trained / pipeline.ACCOUNT).exists()
+    assert not [path.name for path in trained.iterdir() if path.name.startswith(".")]
+
+
+def test_the_record_s_clips_are_scaled_to_a_budget(trained, data, capsys):
+    assert quantize(trained, data) == 0
+    budget = (trained / pipeline.ARTIFACT).stat().st_size - 2000
+    assert quantize(trained, data, "--budget", budget) == 0
+    size = (trained / pipeline.ARTIFACT).stat().st_size
+    assert budget - max(budget // 1600, 64) <= size <= budget
+    account = read_json(trained / pipeline.ACCOUNT)
+    assert account["bytes"] == size and account["outcome"] == "filled" and "matrices" not in account
+    assert not [name for name in artifact.load(trained / pipeline.ARTIFACT).state if name.endswith(".step")]
+    assert f"{len(account['tries'])} solves\n" in capsys.readouterr().out
+
+
+def test_budgets_that_cannot_be_met(trained, data, capsys):
+    assert quantize(trained, data, "--set", "quantize.mode=trellis") == 0  # a budget of the cap
+    assert "bytes of the budget stay free: finer steps could not hold" in capsys.readouterr().out
+    assert read_json(trained / pipeline.ACCOUNT)["budget"] == 16_000_000
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    for more, text in (
+        (["--budget", 30_000, "--set", "quantize.mode=trellis"], "the budget is 30,000"),
+        (["--budget", 30_000], "the budget is 30,000"),
+        (["--budget", -1], "--budget must be positive"),
+    ):
+        assert quantize(trained, data, *more) == 2
+        assert text in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+def test_calibration_batches(monkeypatch):
+    expected = {("record", 1): 16, ("record", 8): 16, ("trellis", 1): 64, ("trellis", 2): 32, ("trellis", 8): 16}
+    for (mode, ranks), count in expected.items():
+        monkeypatch.setattr(pipeline.parallel, "world_size", lambda ranks=ranks: ranks)
+        assert pipeline.calibration_batches(config.QuantizeConfig(mode=mode)) == count
+        assert pipeline.calibration_batches(config.QuantizeConfig(mode=mode, calibration_batches=5)) == 5
+    assert pipeline.calibration_batches(config.QuantizeConfig(calibration="rank0")) == 64
 
 
 def test_note_merges(tmp_path):

@@ -1,6 +1,10 @@
 """A trained model's weights -> the small integers and fp16 numbers that the artifact stores (recipe section 4)."""
 
+import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -8,22 +12,20 @@ from torch import Tensor
 
 from pgolf.config import QuantizeConfig
 from pgolf.errors import PgolfError
-from pgolf.quantize import awq, gates, gptq, lqer
+from pgolf.quantize import allocate, awq, gates, gptq, lqer, trellis
+from pgolf.quantize.allocate import clip_and_bits
+from pgolf.quantize.budget import Search, fill
+from pgolf.quantize.gptq import largest
+from pgolf.quantize.sensitivity import Sensitivity
 
 GATE_SUFFIX = ".attn_gate_w"
+USUAL_SOLVES = 3  # of a whole model until its size fits; progress is reckoned by it
+CLIPS = ("mlp_clip", "attn_clip", "matrix_clip", "embed_clip")
+# log2 of the factors on them that are tried. Below, a range cuts off so many weights that finer steps take fewer bytes
+# again; above, nothing is left.
+SCALES = (-1.0, 8.0)
 
 Progress = Callable[[int, int, str], None]  # (matrices done, matrices in all, name of the one just done)
-
-
-def clip_and_bits(name: str, config: QuantizeConfig) -> tuple[float, int]:
-    """The range (in standard deviations of a row) and integer width of the matrix `name`."""
-    if name == "tok_emb.weight":
-        return config.embed_clip, config.embed_bits
-    if ".mlp." in name:
-        return config.mlp_clip, config.matrix_bits
-    if ".attn." in name:
-        return config.attn_clip, config.matrix_bits
-    return config.matrix_clip, config.matrix_bits
 
 
 def quantize_state(
@@ -33,7 +35,7 @@ def quantize_state(
     config: QuantizeConfig,
     progress: Progress | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Quantize a whole model.
+    """Quantize a whole model as the record does (`quantize.mode=record`).
 
     Args:
         matrices: the weights, unbanked (`pgolf.banks.unbank`), on any device: the solves run where they are.
@@ -53,10 +55,7 @@ def quantize_state(
         PgolfError: naming a weight that is not finite (or not in fp16), a matrix without a Hessian or one of the
             wrong shape, or a Hessian that cannot be inverted.
     """
-    for name, weight in matrices.items():
-        if not torch.isfinite(weight).all():
-            raise PgolfError(f"{name} holds infinite or undefined weights; training diverged, quantize an earlier one")
-    chosen = {name: w for name, w in matrices.items() if w.ndim == 2 and w.numel() > config.passthrough}
+    chosen = _chosen(matrices, config)
     _check_statistics(chosen, hessians, "Hessian", ndim=2)
     if config.awq_groups > 0:
         _check_statistics(chosen, act_rms, "input RMS", ndim=1)
@@ -88,22 +87,194 @@ def quantize_state(
                 correction, label = _correction(residual, config)
                 arrays |= correction
                 meta[name] += label
-        elif name.endswith(GATE_SUFFIX):
-            q, scale = gates.quantize(weight)
-            arrays, meta[name] = {".gq": q, ".gs": scale}, "gate_int8_row"
         else:
-            arrays, meta[name] = {"": weight.half()}, "passthrough (float16)"
-        for suffix, value in arrays.items():
-            _check_fits(name, value)
-            state[name + suffix] = value.cpu().numpy()
+            arrays, meta[name] = _small(name, weight)
+        state |= _arrays(name, arrays)
     return state, meta
 
 
-def _check_statistics(chosen: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str, ndim: int) -> None:
+class Fitted(NamedTuple):
+    """A model that fills a budget, and how it came out."""
+
+    state: dict[str, np.ndarray]
+    packed: bytes  # the state as an artifact
+    report: dict[str, Any]  # JSON: outcome, tries (octaves, bytes); of a trellis, bits an entry and nats lost by matrix
+
+
+def quantize_scaled(
+    matrices: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    act_rms: Mapping[str, Tensor],
+    config: QuantizeConfig,
+    budget: int,
+    pack: Callable[[dict[str, np.ndarray]], bytes],
+    progress: Progress | None = None,
+) -> Fitted:
+    """`quantize_state` with one factor on all clips, as small as `budget` allows.
+
+    Arguments as in `quantize_trellis`; errors as in `quantize_state`, and when the coarsest steps exceed the budget.
+    """
+    chosen = _chosen(matrices, config)
+
+    def bits(octaves: float) -> float:
+        total = 0.0
+        for name, weight in chosen.items():
+            clip, width = clip_and_bits(name, config)
+            deviation = torch.tensor(largest(width) / (clip * 2.0**octaves), dtype=torch.float64)  # in steps
+            total += weight.numel() * float(allocate.gaussian_bits(deviation.square()))
+        return total / 8
+
+    search = Search(bits, 0, SCALES, budget)
+
+    def solve(octaves: float) -> dict[str, np.ndarray]:
+        clips = {name: getattr(config, name) * 2.0**octaves for name in CLIPS}
+        settings = dataclasses.replace(config, **clips)
+        return quantize_state(matrices, hessians, act_rms, settings, _part_of(search, progress))[0]
+
+    state, packed = fill(search, solve, pack)
+    return Fitted(state, packed, search.report())
+
+
+def quantize_trellis(
+    matrices: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    act_rms: Mapping[str, Tensor],
+    sensitivity: Sensitivity | None,
+    config: QuantizeConfig,
+    budget: int,
+    pack: Callable[[dict[str, np.ndarray]], bytes],
+    progress: Progress | None = None,
+) -> Fitted:
+    """Quantize a whole model in trellis form, its steps as fine as `budget` allows (`quantize.mode=trellis`).
+
+    Args:
+        matrices, hessians, act_rms: as in `quantize_state`, the input RMS for every chosen matrix.
+        sensitivity: what errors cost (`sensitivity.collect`); None: steps go with a row's deviation, as the record's.
+        config: states, rate, steps by row and column.
+        budget: bytes that the artifact may have, code included.
+        pack: the bytes of a state's artifact. The state returned is the largest that was found to fit.
+        progress: called after each solved matrix, of all solves thought necessary.
+
+    Returns:
+        The state holds NAME.q int8 [rows, cols], NAME.scale fp16 [rows] and, with `config.column_steps`, NAME.step int8
+        [cols] for a solved matrix; everything else as in `quantize_state`.
+
+    Raises:
+        PgolfError: as `quantize_state`, and when the coarsest steps still exceed the budget.
+    """
+    chosen = _chosen(matrices, config)
+    _check_statistics(chosen, hessians, "Hessian", ndim=2)
+    _check_statistics(chosen, act_rms, "input RMS", ndim=1)
+    if sensitivity is not None:
+        _check_statistics(chosen, sensitivity.outputs, "sensitivity", ndim=1, side=0)
+    plans = allocate.plan(chosen, hessians, act_rms, sensitivity, config)
+    small: dict[str, np.ndarray] = {}
+    for name, weight in matrices.items():
+        if name not in chosen:
+            small |= _arrays(name, _small(name, weight)[0])
+    fixed = sum(array.nbytes for array in small.values())
+    search = Search(
+        lambda octaves: sum(one.bits(octaves) for one in plans.values()) / 8, fixed, allocate.bounds(plans), budget
+    )
+
+    def solve(octaves: float) -> dict[str, np.ndarray]:
+        state, done, show = dict(small), 0, _part_of(search, progress)
+        for name, result in _solve_trellis(plans, octaves, config):
+            parts = {".q": result.q, ".scale": result.scale, ".step": result.step}
+            state |= _arrays(name, {suffix: part for suffix, part in parts.items() if part is not None})
+            done += 1
+            if show is not None:
+                show(done, len(plans), name)
+        return {name: state[name] for name in sorted(state)}
+
+    state, packed = fill(search, solve, pack)
+    matrix_reports = {name: _account(one, name, state) for name, one in plans.items()}
+    return Fitted(state, packed, search.report() | {"matrices": matrix_reports})
+
+
+def _part_of(search: Search, progress: Progress | None) -> Progress | None:
+    """The progress of the solve that comes next, as a part of all those that a search usually takes."""
+    if progress is None:
+        return None
+    solves = len(search.tries)
+
+    def show(done: int, total: int, name: str) -> None:
+        progress(solves * total + done, max(solves + 1, USUAL_SOLVES) * total, f"solve {solves + 1}: {name}")
+
+    return show
+
+
+def _solve_trellis(
+    plans: Mapping[str, allocate.Plan], octaves: float, config: QuantizeConfig
+) -> Iterator[tuple[str, trellis.TrellisResult]]:
+    """Solve every matrix, each on a thread of its own, the largest first; in the order they are done."""
+
+    def solve(name: str) -> trellis.TrellisResult:
+        one = plans[name]
+        steps = one.steps(octaves)
+        try:
+            return trellis.solve(
+                one.weight,
+                one.factor,
+                steps,
+                states=config.states,
+                rate=config.rate,
+                block=config.block,
+                column_steps=config.column_steps,
+            )
+        except PgolfError as error:
+            raise PgolfError(f"{name}: {error}") from error
+
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(threads) as pool:
+        largest_first = sorted(plans, key=lambda name: -plans[name].weight.numel())
+        waiting = {pool.submit(solve, name): name for name in largest_first}
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _account(one: allocate.Plan, name: str, state: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What a solved matrix takes and what it loses."""
+    q, scale = (torch.from_numpy(state[f"{name}.{part}"]) for part in ("q", "scale"))
+    step = state.get(f"{name}.step")
+    result = trellis.TrellisResult(q, scale, None if step is None else torch.from_numpy(step))
+    entries = result.q.numel()
+    nats = one.cost(one.weight - trellis.dequantize(result))
+    return {"entries": entries, "bits": trellis.estimate_bits(result.q) / entries, "nats": nats}
+
+
+def _chosen(matrices: Mapping[str, Tensor], config: QuantizeConfig) -> dict[str, Tensor]:
+    """The matrices to solve, after checking that all weights are finite."""
+    for name, weight in matrices.items():
+        if not torch.isfinite(weight).all():
+            raise PgolfError(f"{name} holds infinite or undefined weights; training diverged, quantize an earlier one")
+    return {name: w for name, w in matrices.items() if w.ndim == 2 and w.numel() > config.passthrough}
+
+
+def _small(name: str, weight: Tensor) -> tuple[dict[str, Tensor], str]:
+    """A weight that is not solved as {suffix: tensor}, and its description."""
+    if name.endswith(GATE_SUFFIX):
+        q, scale = gates.quantize(weight)
+        return {".gq": q, ".gs": scale}, "gate_int8_row"
+    return {"": weight.half()}, "passthrough (float16)"
+
+
+def _arrays(name: str, parts: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    for value in parts.values():
+        _check_fits(name, value)
+    return {name + suffix: value.cpu().numpy() for suffix, value in parts.items()}
+
+
+def _check_statistics(
+    chosen: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str, ndim: int, side: int = 1
+) -> None:
     for name, weight in chosen.items():
         if name not in found:
             raise PgolfError(f"no {what} for {name}: calibration did not reach it; quantize needs one for every matrix")
-        expected, got = [weight.shape[1]] * ndim, list(found[name].shape)
+        expected, got = [weight.shape[side]] * ndim, list(found[name].shape)
         if got != expected:
             raise PgolfError(f"the {what} of {name} must have shape {expected}, got {got}; calibrate the same model")
 

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from pgolf import _trellis
 from pgolf.codec import TRELLISES
+from pgolf.dequantize import column_factor
 from pgolf.errors import PgolfError
 from pgolf.quantize import gptq
 
 LARGEST = 127
-OCTAVE = 8  # column steps in a factor of two
+OCTAVE = 8  # column steps in a factor of two: `dequantize.column_factor`
 STEP_LIMIT = 3 * OCTAVE  # a column's factor stays within 1/8 and 8
 CELL_VARIANCE = np.float32(1 / 3)  # of a uniform number in a level's cell, which is two steps wide
 
@@ -144,11 +145,6 @@ def _column_steps(weight: Floats, pivot: NDArray[np.float64], dead: NDArray[np.b
     with np.errstate(divide="ignore"):
         fits = np.ceil(OCTAVE * np.log2(most, dtype=np.float64) - 1e-2)  # a row at 127 steps, but for fp16's rounding
     return np.maximum(index, fits).clip(-LARGEST, LARGEST).astype(np.int8)
-
-
-def column_factor(step: NDArray[np.int8]) -> Floats:
-    """float32: 2^(step / 8)."""
-    return np.exp2(step.astype(np.float64) / OCTAVE).astype(np.float32)
 
 
 def row_variance(work: Floats, row_step: Floats) -> Floats:
