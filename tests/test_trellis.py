@@ -99,7 +99,7 @@ def test_agrees_with_numpy(states: int) -> None:
     row_step = draw.uniform(0.01, 0.05, rows).astype(np.float32)
     row_step[3] = 0
     factor = np.exp2(draw.integers(-8, 9, cols) / 8).astype(np.float32)
-    variance = trellis.row_variance(weight, row_step)
+    variance = trellis.row_variance(torch.from_numpy(weight), torch.from_numpy(row_step)).numpy()
 
     expected, work = np.empty((cols, rows), np.int8), weight.copy()
     for c in range(cols):

@@ -13,6 +13,7 @@ void bind_mlp(py::module_& m);
 void bind_polar_express(py::module_& m);
 void bind_row_order(py::module_& m);
 void bind_smear_gate(py::module_& m);
+void bind_trellis(py::module_& m);
 
 }  // namespace pgolf
 
@@ -46,4 +47,5 @@ PYBIND11_MODULE(_kernels, m) {
     bind_polar_express(m);
     bind_row_order(m);
     bind_smear_gate(m);
+    bind_trellis(m);
 }

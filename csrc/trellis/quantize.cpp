@@ -19,18 +19,20 @@ class Column {
 
     void prepare(std::size_t c) {
         const float* work = p_.work + c * p_.rows;
-        double sum = 0;  // in order: the result must not depend on the machine's vectors
+        std::fill_n(sums_, kSums, 0.0);
         std::size_t count = 0;
         for (std::size_t r = 0; r < p_.rows; ++r) {
             step_[r] = p_.row_step[r] * p_.column_factor[c];
             const float x = step_[r] > 0 ? work[r] / step_[r] : 0;
             target_[r] = x;
             if (p_.row_variance[r] > 0) {
-                sum += static_cast<double>(x) * x / p_.row_variance[r];
+                sums_[r % kSums] += static_cast<double>(x) * x / p_.row_variance[r];
                 ++count;
             }
         }
-        const auto share = count ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+        for (std::size_t half = kSums / 2; half > 0; half /= 2)
+            for (std::size_t i = 0; i < half; ++i) sums_[i] += sums_[i + half];
+        const auto share = count ? static_cast<float>(sums_[0] / static_cast<double>(count)) : 0.0f;
         const auto rate = static_cast<float>(p_.rate / (2 * std::numbers::ln2));
         // Not below the variance of a level's own cell, two steps wide: no model is surer than that.
         constexpr float least = 1.0f / 3.0f;
@@ -45,8 +47,13 @@ class Column {
     const float* weight() const { return weight_.data(); }
 
   private:
+    // A column is summed in this order on every machine: rows modulo kSums, which on a GPU are its threads, then
+    // halves.
+    static constexpr std::size_t kSums = 512;
+
     const Problem& p_;
     std::vector<float> step_, target_, weight_;
+    double sums_[kSums];
 };
 
 // work[j] -= sum over c of upper[c, j] * errors[c] for the columns j behind a block, in the order of c and so exactly

@@ -1,6 +1,6 @@
 """The registry: one file an operator. `tests/test_ops.py` and `benchmarks/test_ops.py` walk its rows."""
 
-from pgolf.testing.cases import cross_entropy, embed, gptq, mlp, polar_express, row_order, smear_gate
+from pgolf.testing.cases import cross_entropy, embed, gptq, mlp, polar_express, row_order, smear_gate, trellis
 from pgolf.testing.operator import Operator
 
 OPERATORS: tuple[Operator, ...] = (
@@ -11,4 +11,5 @@ OPERATORS: tuple[Operator, ...] = (
     *polar_express.OPERATORS,
     *row_order.OPERATORS,
     *smear_gate.OPERATORS,
+    *trellis.OPERATORS,
 )
