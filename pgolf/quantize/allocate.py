@@ -40,11 +40,12 @@ def gaussian_bits(variance: Tensor) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """One matrix and its row steps, up to the common factor; on the CPU."""
+    """One matrix where it lies, and its row steps, up to the common factor, on the CPU."""
 
     weight: Tensor  # float32 [rows, cols]
     factor: Factor  # of `hessian`
     hessian: Tensor  # float32 [cols, cols]: the mean of x xᵀ over the inputs
+    mean_square: Tensor  # float64 [rows]: of the weights
     sensitivity: Tensor  # float64 [rows]: a change E costs 1/2 Σ_r sensitivity_r (E H Eᵀ)_rr nats a token
     step: Tensor  # float64 [rows]
     finest: Tensor  # float64 [rows]: a smaller step could not hold the row's largest weight
@@ -57,12 +58,13 @@ class Plan(NamedTuple):
     def bits(self, octaves: float) -> float:
         """About how many bits the levels will take."""
         steps = 2 * self.steps(octaves).clamp_min(1e-30)  # a scalar quantizer's for as many bits
-        rate = gaussian_bits(self.weight.double().square().mean(dim=1) / steps.square())
+        rate = gaussian_bits(self.mean_square / steps.square())
         return float(rate.sum()) * self.weight.shape[1]
 
     def cost(self, error: Tensor) -> float:
         """Nats a token that a change `error` [rows, cols] of the matrix costs, as far as the statistics can tell."""
-        return float(0.5 * (self.sensitivity * ((error @ self.hessian) * error).sum(dim=1)).sum())
+        by_row = ((error @ self.hessian) * error).sum(dim=1)
+        return float(0.5 * (self.sensitivity * by_row.double().cpu()).sum())
 
 
 def plan(
@@ -83,23 +85,22 @@ def plan(
     factors: dict[int, Factor] = {}  # query, key and value of a layer share theirs
     result: dict[str, Plan] = {}
     for name, matrix in matrices.items():
-        weight = matrix.detach().float().cpu()
+        weight = matrix.detach().float()
         # H sums over the tokens of a batch; its diagonal's mean is known a token from the inputs' mean squares.
         trace = float(hessians[name].diagonal().double().sum())
-        mean_square = float(act_rms[name].double().square().sum())
-        scale = mean_square / trace if trace > 0 else 1.0
+        inputs_square = float(act_rms[name].double().square().sum())
+        scale = inputs_square / trace if trace > 0 else 1.0
         hessian = hessians[name]
         rows = torch.ones(len(weight), dtype=torch.float64)
         if sensitivity is not None:
             rows = sensitivity.outputs[name].double().cpu()
         if sensitivity is not None and name == "tok_emb.weight":
-            inputs, mean = sensitivity.inputs.double().cpu(), mean_square / weight.shape[1]
+            inputs, mean = sensitivity.inputs.double().cpu(), inputs_square / weight.shape[1]
             share = float(inputs.sum() / rows.sum().clamp_min(1e-30))
             hessian = hessian * scale + share * torch.eye(len(hessian), device=hessian.device)
             scale, rows = 1.0, (rows * mean + inputs) / max(mean + share, 1e-30)
         if id(hessian) not in factors:
-            found = trellis.factorize(hessian, config.damping)  # on its device; read by every try, so brought over once
-            factors[id(hessian)] = Factor(*(tensor.cpu() for tensor in found))
+            factors[id(hessian)] = trellis.factorize(hessian, config.damping)
         factor = factors[id(hessian)]
         if not factor.valid:
             raise PgolfError(
@@ -107,15 +108,16 @@ def plan(
             )
         if sensitivity is None:
             clip, bits = clip_and_bits(name, config)
-            step = clip * weight.double().std(dim=1) / (2 * largest(bits))
+            step = clip * weight.double().std(dim=1).cpu() / (2 * largest(bits))
         else:
             rows = rows.clamp_min(config.row_floor * float(rows.mean())).clamp_min(1e-30)
             column = _column_cost(factor, config.column_steps) * scale
             step = rows ** (-0.5 * config.row_power)
             step /= math.sqrt(max(column * float((rows * step.square()).mean()), 1e-30))
-        peak = weight.abs().amax(dim=1).double()
+        peak = weight.abs().amax(dim=1).double().cpu()
         finest, coarsest = peak / trellis.LARGEST, COARSEST * peak
-        result[name] = Plan(weight, factor, (hessian * scale).cpu(), rows, step, finest, coarsest)
+        mean_square = weight.double().square().mean(dim=1).cpu()
+        result[name] = Plan(weight, factor, hessian * scale, mean_square, rows, step, finest, coarsest)
     return result
 
 

@@ -1,9 +1,7 @@
 """A trained model's weights -> the small integers and fp16 numbers that the artifact stores (recipe section 4)."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,7 +151,7 @@ def quantize_trellis(
         config: states, rate, steps by row and column.
         budget: bytes that the artifact may have, code included.
         pack: the bytes of a state's artifact. The state returned is the largest that was found to fit.
-        progress: called after each solved matrix, of all solves thought necessary.
+        progress: called after each solve of the whole model, as a part of those thought necessary.
 
     Returns:
         The state holds NAME.q int8 [rows, cols], NAME.scale fp16 [rows] and, with `config.column_steps`, NAME.step int8
@@ -178,13 +176,16 @@ def quantize_trellis(
     )
 
     def solve(octaves: float) -> dict[str, np.ndarray]:
-        state, done, show = dict(small), 0, _part_of(search, progress)
-        for name, result in _solve_trellis(plans, octaves, config):
+        problems = {name: trellis.Problem(one.weight, one.factor, one.steps(octaves)) for name, one in plans.items()}
+        solved = trellis.solve_all(
+            problems, states=config.states, rate=config.rate, block=config.block, column_steps=config.column_steps
+        )
+        state = dict(small)
+        for name, result in solved.items():
             parts = {".q": result.q, ".scale": result.scale, ".step": result.step}
             state |= _arrays(name, {suffix: part for suffix, part in parts.items() if part is not None})
-            done += 1
-            if show is not None:
-                show(done, len(plans), name)
+        if (show := _part_of(search, progress)) is not None:
+            show(len(plans), len(plans), "all matrices")
         return {name: state[name] for name in sorted(state)}
 
     state, packed = fill(search, solve, pack)
@@ -204,45 +205,13 @@ def _part_of(search: Search, progress: Progress | None) -> Progress | None:
     return show
 
 
-def _solve_trellis(
-    plans: Mapping[str, allocate.Plan], octaves: float, config: QuantizeConfig
-) -> Iterator[tuple[str, trellis.TrellisResult]]:
-    """Solve every matrix, each on a thread of its own, the largest first; in the order they are done."""
-
-    def solve(name: str) -> trellis.TrellisResult:
-        one = plans[name]
-        steps = one.steps(octaves)
-        try:
-            return trellis.solve(
-                one.weight,
-                one.factor,
-                steps,
-                states=config.states,
-                rate=config.rate,
-                block=config.block,
-                column_steps=config.column_steps,
-            )
-        except PgolfError as error:
-            raise PgolfError(f"{name}: {error}") from error
-
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(threads) as pool:
-        largest_first = sorted(plans, key=lambda name: -plans[name].weight.numel())
-        waiting = {pool.submit(solve, name): name for name in largest_first}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _account(one: allocate.Plan, name: str, state: Mapping[str, np.ndarray]) -> dict[str, float]:
     """What a solved matrix takes and what it loses."""
     q, scale = (torch.from_numpy(state[f"{name}.{part}"]) for part in ("q", "scale"))
     step = state.get(f"{name}.step")
     result = trellis.TrellisResult(q, scale, None if step is None else torch.from_numpy(step))
     entries = result.q.numel()
-    nats = one.cost(one.weight - trellis.dequantize(result))
+    nats = one.cost(one.weight - trellis.dequantize(result).to(one.weight.device))
     return {"entries": entries, "bits": trellis.estimate_bits(result.q) / entries, "nats": nats}
 
 
