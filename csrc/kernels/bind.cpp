@@ -9,10 +9,14 @@ namespace pgolf {
 void bind_cross_entropy(py::module_& m);
 void bind_embed(py::module_& m);
 void bind_gptq(py::module_& m);
+void bind_lanes(py::module_& m);
 void bind_mlp(py::module_& m);
 void bind_polar_express(py::module_& m);
+void bind_qk_rope(py::module_& m);
+void bind_residual(py::module_& m);
 void bind_row_order(py::module_& m);
 void bind_smear_gate(py::module_& m);
+void bind_xsa_gate(py::module_& m);
 void bind_trellis(py::module_& m);
 
 }  // namespace pgolf
@@ -43,9 +47,13 @@ PYBIND11_MODULE(_kernels, m) {
     bind_cross_entropy(m);
     bind_embed(m);
     bind_gptq(m);
+    bind_lanes(m);
     bind_mlp(m);
     bind_polar_express(m);
+    bind_qk_rope(m);
+    bind_residual(m);
     bind_row_order(m);
     bind_smear_gate(m);
+    bind_xsa_gate(m);
     bind_trellis(m);
 }

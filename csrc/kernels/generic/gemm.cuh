@@ -23,6 +23,7 @@
 #include <string>
 #include <type_traits>
 
+#include "common/async_copy.cuh"
 #include "common/check.h"
 #include "common/vec.cuh"
 #include "generic/tiles.h"
@@ -74,21 +75,6 @@ namespace gemm {
 constexpr int kThreads = 128;  // warps 2 x 2
 constexpr int kBlocks = 2;     // a multiprocessor, what the tiles' shared memory and 255 registers a thread allow
 constexpr int kWarpTile = 64;
-
-// Copy 16 bytes to shared memory, or write 16 zero bytes.
-__device__ __forceinline__ void copy16(uint32_t target, const void* source, bool inside) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-                 "r"(inside ? 16 : 0)
-                 : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Wait until at most `kPending` groups of this thread's copies are under way.
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 // Four 8 x 8 matrices: lanes 8 i to 8 i + 7 give the addresses of the rows of the i-th.
 __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&x)[4]) {
