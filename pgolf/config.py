@@ -12,6 +12,8 @@ from typing import Any
 
 from pgolf.errors import PgolfError
 
+AUTO = -1  # train.micro_batch: to be found on the device
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with a help text (units included)."""
@@ -87,7 +89,7 @@ class TrainConfig:
     steps: int = option(20000, "upper limit on steps; with schedule_by=step the length of every curve")
     schedule_by: str = option("wallclock", "what the curves run over: wallclock or step")
     step_tokens: int = option(786432, "tokens per optimizer step over all ranks")
-    micro_batch: int = option(98304, "tokens per micro-batch on one device")
+    micro_batch: int = option(98304, "tokens per micro-batch on one device (auto: the most that its memory holds)")
     contexts: str = option("1024@0.1,2048@0.7,3072@1.0", "context length @ last fraction it is used for, ...")
     rewarm_steps: int = option(32, "steps of linear learning-rate re-warming after a context change")
     recurrence_from: float = option(0.35, "fraction of the schedule from which layers are looped")
@@ -111,7 +113,11 @@ class TrainConfig:
         "rank", "rank: each rank clips its own gradient; global: the averaged one, the same for any number of ranks"
     )
     ema_decay: float = option(0.9965, "decay per step of the averaged weights used after training")
-    compile: str = option("auto", "torch.compile: auto (on CUDA), on or off")
+    step: str = option(
+        "auto",
+        "how a step runs: graphs (pgolf's kernels in CUDA graphs), compiled (torch.compile, none of pgolf's kernels), "
+        "eager, or auto: graphs on a GPU with kernels, compiled on one without, eager on a CPU",
+    )
     dtype: str = option("auto", "compute type: auto (bfloat16 on CUDA, float32 on CPU), bfloat16 or float32")
     attention: str = option("auto", "attention backend: auto (fastest usable), fa3, fa4, fa2, torch-varlen or sdpa")
     log_every: int = option(50, "steps between log lines")
@@ -120,10 +126,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.seconds > self.reserve_seconds >= 0, "train.seconds must be above train.reserve_seconds >= 0")
         require(self.schedule_by in ("wallclock", "step"), "train.schedule_by must be wallclock or step")
-        require(self.compile in ("auto", "on", "off"), "train.compile must be auto, on or off")
+        require(
+            self.step in ("auto", "graphs", "compiled", "eager"), "train.step must be auto, graphs, compiled or eager"
+        )
         require(self.dtype in ("auto", "bfloat16", "float32"), "train.dtype must be auto, bfloat16 or float32")
         require(self.clip_scope in ("rank", "global"), "train.clip_scope must be rank or global")
-        require(self.micro_batch > 0, f"train.micro_batch must be positive, got {self.micro_batch}")
+        require(
+            self.micro_batch > 0 or self.micro_batch == AUTO,
+            f"train.micro_batch must be positive or auto, got {self.micro_batch}",
+        )
         require(self.steps > 0, f"train.steps must be positive, got {self.steps}")
         require(self.log_every > 0, f"train.log_every must be positive, got {self.log_every}")
         require(0 < self.warmdown <= 1, "train.warmdown must be in (0, 1]")
@@ -132,7 +143,7 @@ class TrainConfig:
         for name in ("embed_lr", "scalar_lr", "matrix_lr", "adam_eps", "embed_weight_decay", "scalar_weight_decay"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
         require(
-            self.step_tokens > 0 and self.step_tokens % self.micro_batch == 0,
+            self.step_tokens > 0 and (self.micro_batch == AUTO or self.step_tokens % self.micro_batch == 0),
             f"train.step_tokens ({self.step_tokens}) must be a positive multiple of train.micro_batch "
             f"({self.micro_batch})",
         )
@@ -302,6 +313,8 @@ def parse_value(key: str, kind: type, text: str) -> Any:
         if text.lower() not in words:
             raise PgolfError(f"{key} takes true or false, got {text!r}")
         return words[text.lower()]
+    if key == "train.micro_batch" and text == "auto":
+        return AUTO
     try:
         return kind(text)
     except ValueError as error:

@@ -17,6 +17,26 @@ from pgolf.ops import _native, attention
 Row = tuple[str, str]
 
 
+# Dense bfloat16 FLOP/s by the makers' data sheets, the first name that a device's name contains.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of a known GPU, the denominator of model FLOP utilisation; None for any other device."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
 def report() -> list[Row]:
     """(what, what was found) in the order a reader would ask; nothing is changed, nothing raises."""
     return [

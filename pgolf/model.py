@@ -16,7 +16,11 @@ from pgolf.config import ModelConfig
 from pgolf.ops.attention import attention
 from pgolf.ops.cross_entropy import cross_entropy
 from pgolf.ops.embed import embed
+from pgolf.ops.lanes import lanes as mix_lanes
 from pgolf.ops.mlp import mlp as fused_mlp
+from pgolf.ops.qk_rope import qk_rope
+from pgolf.ops.residual import Residual, norm_mean, residual
+from pgolf.ops.xsa_gate import xsa_gate
 
 BOS = 1
 
@@ -35,9 +39,7 @@ class AdapterSet(Protocol):
 class Layer(NamedTuple):
     """One physical layer's weights: matrices in the compute type, the rest float32 masters."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    qkv: Tensor  # [D + 2 kv_dim, D]: query, key and value in one product
     o: Tensor
     up: Tensor
     down: Tensor
@@ -46,116 +48,154 @@ class Layer(NamedTuple):
     attn_scale: Tensor
     mlp_scale: Tensor
     resid_mix: Tensor
-    norm_scale: Tensor  # 1 / sqrt(i + 1)
+    norm_scale: float  # 1 / sqrt(i + 1)
 
 
 class Context(NamedTuple):
     """What every layer of one forward pass shares."""
 
-    cos: Tensor  # [T, 1, rope_dims / 2]
+    cos: Tensor  # float32 [T, rope_dims / 2]
     sin: Tensor
     cu_seqlens: Tensor | None
     max_seqlen: int
     gate_scale: float
+    kv_heads: int
 
 
-def norm(x: Tensor) -> Tensor:
-    """Weightless RMS-norm over the last dimension, eps the machine epsilon of x's type."""
-    return F.rms_norm(x, (x.shape[-1],))
+class Hooks(NamedTuple):
+    """What one executed layer lets others see and change; both None in training."""
+
+    delta: Callable[[str, Tensor], Tensor | None] | None = None  # an adapter's addition to a projection's output
+    observe: Observer | None = None  # sees what the matrices read and give
+
+    def add(self, target: str, x: Tensor, out: Tensor) -> Tensor:
+        """`out`, the projection `target` of x, with its adapter's addition."""
+        delta = None if self.delta is None else self.delta(target, x)
+        return out if delta is None else out + delta
+
+    def see(self, roles: tuple[str, ...], x: Tensor, *outputs: Tensor) -> None:
+        if self.observe is not None:
+            self.observe(roles, x, outputs)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial rotary embedding of x [B, T, H, d]: the first 2 * cos.shape[-1] dimensions turn, as two halves."""
-    half = cos.shape[-1]
-    if half == 0:
-        return x
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+NO_HOOKS = Hooks()
 
 
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: remove from each head's output y [B, T, Hq, d] its part along the same position's value v [B, T, Hk, d]."""
-    unit = F.normalize(v, dim=-1, eps=1e-12)[..., None, :]
-    grouped = y.unflatten(2, (v.shape[2], -1))
-    return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
-
-
-def attend(n: Tensor, layer: Layer, context: Context, xsa: bool, delta: Any = None, observe: Any = None) -> Tensor:
-    """The attention branch: n [B, T, D] (normed, scaled) -> [B, T, D]."""
-    heads = layer.q_gain.shape[0]
-    q, k, v = F.linear(n, layer.q), F.linear(n, layer.k), F.linear(n, layer.v)
-    if observe is not None:
-        observe(("attn.c_q", "attn.c_k", "attn.c_v"), n, (q, k, v))
-    if delta is not None:
-        q, k, v = _add(q, delta("q", n)), _add(k, delta("k", n)), _add(v, delta("v", n))
-    head_dim = q.shape[-1] // heads
-    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
-    q = rotate(norm(q), context.cos, context.sin) * layer.q_gain.to(q.dtype)[:, None]
-    k = rotate(norm(k), context.cos, context.sin)
-    y = attention(q, k, v, context.cu_seqlens, context.max_seqlen)
-    if xsa:
-        y = exclude_self(y, v)
-    gate = torch.sigmoid(context.gate_scale * F.linear(n[..., : layer.gate.shape[-1]], layer.gate.to(n.dtype)))
-    y = (y * gate[..., None]).flatten(-2)
+def attend(
+    n: Tensor, gate: Tensor | None, layer: Layer, context: Context, xsa: bool, hooks: Hooks = NO_HOOKS
+) -> Tensor:
+    """The attention branch: n [B, T, D] (normed, scaled), gate [B, T, H] -> [B, T, D]."""
+    qkv = F.linear(n, layer.qkv)
+    if hooks != NO_HOOKS:
+        kv_dim = (qkv.shape[-1] - n.shape[-1]) // 2
+        parts = qkv.split((n.shape[-1], kv_dim, kv_dim), dim=-1)
+        hooks.see(("attn.c_q", "attn.c_k", "attn.c_v"), n, *parts)
+        qkv = torch.cat([hooks.add(target, n, part) for target, part in zip("qkv", parts, strict=True)], dim=-1)
+    q, k, v, v_self = qk_rope(qkv, layer.q_gain, context.cos, context.sin, context.kv_heads)
+    y = xsa_gate(attention(q, k, v, context.cu_seqlens, context.max_seqlen), v_self, gate, xsa)
     out = F.linear(y, layer.o)
-    if observe is not None:
-        observe(("attn.proj",), y, (out,))
-    return out if delta is None else _add(out, delta("o", n))
+    hooks.see(("attn.proj",), y, out)
+    return hooks.add("o", n, out)
 
 
-def mlp(n: Tensor, layer: Layer, delta: Any = None, observe: Any = None) -> Tensor:
+def mlp(n: Tensor, layer: Layer, hooks: Hooks = NO_HOOKS) -> Tensor:
     """The MLP branch: down(leaky_relu(up(n), 0.5) squared), n [B, T, D] -> [B, T, D]."""
-    if observe is None:
+    if hooks.observe is None:
         out = fused_mlp(n, layer.up, layer.down)
     else:
         up = F.linear(n, layer.up)
-        observe(("mlp.fc",), n, (up,))
+        hooks.see(("mlp.fc",), n, up)
         hidden = F.leaky_relu(up, 0.5).square()
         out = F.linear(hidden, layer.down)
-        observe(("mlp.proj",), hidden, (out,))
-    return out if delta is None else _add(out, delta("mlp", n))
+        hooks.see(("mlp.proj",), hidden, out)
+    return hooks.add("mlp", n, out)
 
 
-def _add(x: Tensor, delta: Tensor | None) -> Tensor:
-    return x if delta is None else x + delta
+class Stream(NamedTuple):
+    """The residual stream between two layers: x [B, T, D], to which `branch`, scaled, is still to be added.
+
+    The layer that comes next adds it in the pass over the tokens that it makes anyway.
+    """
+
+    x: Tensor
+    x0: Tensor  # the embeddings, which every layer mixes in
+    branch: Tensor | None = None
+    branch_scale: Tensor | None = None
+
+    def settled(self) -> Residual:
+        """Nothing left to add."""
+        return residual(self.x, branch=self.branch, branch_scale=self.branch_scale)
+
+
+class Skip(NamedTuple):
+    """The output of an encoder layer on its way to a decoder layer: lerp(weight * x, stream, sigmoid(gate))."""
+
+    x: Tensor
+    weight: Tensor  # [D]
+    gate: Tensor  # [D]
 
 
 def block(
-    x: Tensor, x0: Tensor, layer: Layer, context: Context, xsa: bool, delta: Any = None, observe: Any = None
-) -> Tensor:
-    """A sequential layer: attention, then MLP, on the stream x [B, T, D]."""
-    mix = layer.resid_mix.to(x.dtype)
-    x = mix[0] * x + mix[1] * x0
-    x = x + layer.attn_scale.to(x.dtype) * attend(norm(x) * layer.norm_scale, layer, context, xsa, delta, observe)
-    return x + layer.mlp_scale.to(x.dtype) * mlp(norm(x) * layer.norm_scale, layer, delta, observe)
+    stream: Stream,
+    skip: Skip | None,
+    layer: Layer,
+    context: Context,
+    xsa: bool,
+    keep: bool = False,
+    hooks: Hooks = NO_HOOKS,
+) -> tuple[Stream, Tensor | None]:
+    """A sequential layer: attention, then MLP. With `keep` also returns the stream as it came in, all added."""
+    skip_x, skip_weight, skip_gate = skip or (None, None, None)
+    enter = residual(
+        stream.x,
+        branch=stream.branch,
+        branch_scale=stream.branch_scale,
+        skip=skip_x,
+        skip_weight=skip_weight,
+        skip_gate=skip_gate,
+        x0=stream.x0,
+        mix=layer.resid_mix,
+        gate_weight=layer.gate,
+        gate_scale=context.gate_scale,
+        norm_scale=layer.norm_scale,
+        keep_sum=keep,
+    )
+    a = attend(enter.normed, enter.gate, layer, context, xsa, hooks)
+    assert enter.x0 is not None
+    middle = residual(enter.stream, branch=a, branch_scale=layer.attn_scale, norm_scale=layer.norm_scale)
+    m = mlp(middle.normed, layer, hooks)
+    return Stream(middle.stream, enter.x0, m, layer.mlp_scale), enter.sum
 
 
 def parallel_block(
     lanes: tuple[Tensor, Tensor],
     x0: Tensor,
+    skip: Skip | None,
     layer: Layer,
     post: Tensor,
     resid: Tensor,
     context: Context,
     xsa: bool,
-    delta: Any = None,
-    observe: Any = None,
-) -> tuple[Tensor, Tensor]:
+    hooks: Hooks = NO_HOOKS,
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """A parallel layer: attention reads lane 0, the MLP lane 1; both write to both. post [2, 2], resid [2]."""
     lane0, lane1 = lanes
-    mix, post, resid = layer.resid_mix.to(x0.dtype), post.to(x0.dtype), resid.to(x0.dtype)
-    x = mix[0] * lane0 + mix[1] * x0
-    a = layer.attn_scale.to(x.dtype) * attend(norm(x) * layer.norm_scale, layer, context, xsa, delta, observe)
-    m = layer.mlp_scale.to(x.dtype) * mlp(norm(lane1) * layer.norm_scale, layer, delta, observe)
-    return (
-        resid[0] * lane0 + post[0, 0] * a + post[1, 0] * m,
-        resid[1] * lane1 + post[0, 1] * a + post[1, 1] * m,
+    if skip is not None:  # into lane 0 only
+        lane0 = residual(lane0, skip=skip.x, skip_weight=skip.weight, skip_gate=skip.gate).stream
+    enter = residual(
+        lane0,
+        x0=x0,
+        mix=layer.resid_mix,
+        gate_weight=layer.gate,
+        gate_scale=context.gate_scale,
+        norm_scale=layer.norm_scale,
+        keep_sum=True,
     )
-
-
-def mix_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    """lerp(weight * skip, x, sigmoid(gate)) per channel."""
-    return torch.lerp(weight.to(x.dtype) * skip, x, torch.sigmoid(gate.to(x.dtype)))
+    assert enter.x0 is not None and enter.sum is not None
+    other = residual(lane1, norm_scale=layer.norm_scale)
+    a = attend(enter.normed, enter.gate, layer, context, xsa, hooks)
+    m = mlp(other.normed, layer, hooks)
+    return mix_lanes(enter.sum, other.stream, a, m, layer.attn_scale, layer.mlp_scale, post, resid), enter.x0
 
 
 def softcapped_cross_entropy(h: Tensor, embedding: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -184,8 +224,6 @@ class _Block(nn.Module):
 class GPT(nn.Module):
     """The network. State-dict names and shapes are those of recipe section 2; `looping` switches recurrence."""
 
-    norm_scales: Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -209,12 +247,9 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.softcap_pos = nn.Parameter(torch.tensor(config.logit_softcap))
         self.softcap_neg = nn.Parameter(torch.tensor(config.logit_softcap))
-        self.register_buffer("norm_scales", torch.arange(1, layers + 1).float().rsqrt(), persistent=False)
         self._block: Any = block
         self._parallel_block: Any = parallel_block
-        self._mix_skip: Any = mix_skip
         self._loss: Any = softcapped_cross_entropy
-        self._embed: Any = self._embed_eager
 
     def initialize(self, seed: int) -> "GPT":
         """Draw the initial weights (recipe section 2, "Init") from one CPU generator. Returns self."""
@@ -235,9 +270,7 @@ class GPT(nn.Module):
         torch._dynamo.config.recompile_limit = 32
         self._block = torch.compile(block, fullgraph=True)
         self._parallel_block = torch.compile(parallel_block, fullgraph=True)
-        self._mix_skip = torch.compile(mix_skip, fullgraph=True)
         self._loss = torch.compile(softcapped_cross_entropy, fullgraph=True)
-        self._embed = torch.compile(self._embed_eager, fullgraph=True)
         return self
 
     def order(self) -> tuple[list[int], list[int]]:
@@ -252,16 +285,15 @@ class GPT(nn.Module):
 
     def _layers(self, dtype: torch.dtype) -> list[Layer]:
         count = self.config.num_layers
+        qo, kv = self.qo_bank.to(dtype), self.kv_bank.to(dtype)
         # unbind, not indexing: its backward is one stack instead of a full-size zero bank per layer
-        qo, kv = self.qo_bank.to(dtype).unbind(), self.kv_bank.to(dtype).unbind()
+        qkv = torch.cat((qo[:count], kv[:count], kv[count:]), dim=1).unbind()
+        o = qo[count:].unbind()
         up, down = self.mlp_up_bank.to(dtype).unbind(), self.mlp_down_bank.to(dtype).unbind()
-        scales = self.norm_scales.unbind()
         return [
             Layer(
-                qo[i],
-                kv[i],
-                kv[count + i],
-                qo[count + i],
+                qkv[i],
+                o[i],
                 up[i],
                 down[i],
                 part.attn.q_gain,
@@ -269,20 +301,17 @@ class GPT(nn.Module):
                 part.attn_scale,
                 part.mlp_scale,
                 part.resid_mix,
-                scales[i],
+                1 / math.sqrt(i + 1),
             )
             for i, part in enumerate(cast(list[_Block], list(self.blocks)))
         ]
 
-    def _embed_eager(self, ids: Tensor) -> Tensor:
-        return embed(ids, self.tok_emb.weight, self.smear_gate.weight, self.smear_lambda, BOS, self.dtype)
-
-    def _context(self, length: int, cu_seqlens: Tensor | None, max_seqlen: int | None, like: Tensor) -> Context:
-        dims, base = self.config.rope_dims, self.config.rope_base
-        exponent = torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / max(dims, 1)
-        angle = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * (base**-exponent)
-        cos, sin = angle.cos().to(like.dtype)[:, None], angle.sin().to(like.dtype)[:, None]
-        return Context(cos, sin, cu_seqlens, max_seqlen or length, self.config.sparse_attn_gate_scale)
+    def _context(self, length: int, cu_seqlens: Tensor | None, max_seqlen: int | None, device: torch.device) -> Context:
+        config = self.config
+        exponent = torch.arange(0, config.rope_dims, 2, device=device, dtype=torch.float32) / max(config.rope_dims, 1)
+        angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * (config.rope_base**-exponent)
+        gate_scale = config.sparse_attn_gate_scale
+        return Context(angle.cos(), angle.sin(), cu_seqlens, max_seqlen or length, gate_scale, config.num_kv_heads)
 
     def hidden(
         self,
@@ -297,56 +326,60 @@ class GPT(nn.Module):
         each row one segment. `max_seqlen` (tokens) bounds the longest segment.
         """
         config = self.config
-        x0 = self._embed(ids)
+        x0 = embed(ids, self.tok_emb.weight, self.smear_gate.weight, self.smear_lambda, BOS, self.dtype)
         if self.observer is not None:
             self.observer(("tok_emb.weight",), ids, (x0,))
-        x = x0.view_as(x0)  # another tensor object: identical arguments would compile the first layer twice
-        context = self._context(ids.shape[1], cu_seqlens, max_seqlen, x)
-        layers = self._layers(x.dtype)
-        first_xsa = config.num_layers - config.xsa_last_n
+        context = self._context(ids.shape[1], cu_seqlens, max_seqlen, ids.device)
+        layers = self._layers(self.dtype)
         plain = adapters is None and self.observer is None
-        run_block, run_parallel, run_skip = (
-            (self._block, self._parallel_block, self._mix_skip) if plain else (block, parallel_block, mix_skip)
-        )
+        run_block, run_parallel = (self._block, self._parallel_block) if plain else (block, parallel_block)
         skip_weights, skip_gates = self.skip_weights.unbind(), self.skip_gates.unbind()
         posts, resids = self.parallel_post_lambdas.unbind(), self.parallel_resid_lambdas.unbind()
         encoder, decoder = self.order()
+        stream = Stream(x0.view_as(x0), x0)  # another tensor object: identical arguments would compile apart
         stack: list[Tensor] = []
-        for slot, i in enumerate(encoder):
-            x = run_block(x, x0, layers[i], context, i >= first_xsa, *self._hooks(adapters, slot, i))
-            stack.append(x)
         lanes: tuple[Tensor, Tensor] | None = None
-        for step, i in enumerate(decoder):
-            parallel = i >= config.parallel_start_layer
-            if parallel and lanes is None:
-                lanes = (x, x.view_as(x))
-            if step < len(skip_weights) and stack:  # the skip goes into lane 0 only
-                mixed = run_skip(x if lanes is None else lanes[0], stack.pop(), skip_weights[step], skip_gates[step])
-                x, lanes = (mixed, None) if lanes is None else (x, (mixed, lanes[1]))
-            hooks = self._hooks(adapters, len(encoder) + step, i)
-            if parallel and lanes is not None:
-                lanes = run_parallel(lanes, x0, layers[i], posts[i], resids[i], context, i >= first_xsa, *hooks)
+        for slot, i in enumerate((*encoder, *decoder)):
+            step = slot - len(encoder)
+            xsa, hooks = i >= config.num_layers - config.xsa_last_n, self._hooks(adapters, slot, i)
+            parallel = step >= 0 and i >= config.parallel_start_layer
+            if step == 0 or (parallel and lanes is None):  # whole before it is used twice
+                stream = Stream(stream.settled().stream, stream.x0)
+            if step == 0 and encoder:
+                stack.append(stream.x)
+            skip = None
+            if 0 <= step < len(skip_weights) and stack:
+                skip = Skip(stack.pop(), skip_weights[step], skip_gates[step])
+            if parallel:
+                lanes = lanes or (stream.x, stream.x)
+                lanes, x0 = run_parallel(lanes, stream.x0, skip, layers[i], posts[i], resids[i], context, xsa, hooks)
+                stream = stream._replace(x0=x0)
             else:
-                x = run_block(x, x0, layers[i], context, i >= first_xsa, *hooks)
-        h = norm(x if lanes is None else (lanes[0] + lanes[1]) / 2)
+                # The last block's output is whole only inside this one.
+                stream, before = run_block(stream, skip, layers[i], context, xsa, 0 < slot < len(encoder), hooks)
+                if before is not None:
+                    stack.append(before)
+        if lanes is None:
+            h = stream.settled().normed
+        else:
+            h = norm_mean(*lanes)
         if self.observer is not None:
             self.observer(("tok_emb.weight",), h, ())
         return h
 
-    def _hooks(self, adapters: AdapterSet | None, slot: int, i: int) -> tuple[Any, ...]:
-        """(delta, observe) of one executed layer; nothing at all on the plain path, so it compiles alone."""
+    def _hooks(self, adapters: AdapterSet | None, slot: int, i: int) -> Hooks:
+        """The hooks of one executed layer; none on the plain path, so that it compiles alone."""
         observer = self.observer
-        if adapters is None and observer is None:
-            return ()
-        delta = None if adapters is None else (lambda target, x: adapters.delta(target, slot, x))
-        if observer is None:
-            return (delta,)
-        return delta, lambda roles, x, y: observer(tuple(f"blocks.{i}.{role}.weight" for role in roles), x, y)
+        return Hooks(
+            None if adapters is None else lambda target, x: adapters.delta(target, slot, x),
+            None if observer is None else lambda roles, x, outputs: observer(_weights(i, roles), x, outputs),
+        )
 
     def raw_logits(self, h: Tensor, adapters: AdapterSet | None = None) -> Tensor:
         """Logits before any softcap: h [B, T, D] -> [B, T, V] in h's type."""
         logits = F.linear(h, self.tok_emb.weight.to(h.dtype))
-        return logits if adapters is None else _add(logits, adapters.delta("head", 0, h))
+        delta = None if adapters is None else adapters.delta("head", 0, h)
+        return logits if delta is None else logits + delta
 
     def eval_logits(self, h: Tensor, adapters: AdapterSet | None = None) -> Tensor:
         """Logits as scored, float32: softcap_pos above zero, softcap_neg elsewhere."""
@@ -360,6 +393,10 @@ class GPT(nn.Module):
         """Mean training loss in nats (fixed softcap) of ids, targets [B, T] int64; 0-dim float32."""
         h = self.hidden(ids, cu_seqlens, max_seqlen)
         return self._loss(h, self.tok_emb.weight, targets, self.config.logit_softcap)
+
+
+def _weights(i: int, roles: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"blocks.{i}.{role}.weight" for role in roles)
 
 
 def layer_order(config: ModelConfig, looping: bool) -> tuple[list[int], list[int]]:

@@ -61,24 +61,34 @@ class Optimizer:
         banks = [bank.grad for bank in self.banks.values() if bank.grad is not None]
         if config.clip_scope == "rank":
             self._clip([*banks, *rest], self._square_norms(banks, rest))
-        shares = {
-            name: parallel.scatter_mean(bank.grad if bank.grad is not None else torch.zeros_like(bank))
+        pending = {
+            name: parallel.start_scatter_mean(bank.grad if bank.grad is not None else torch.zeros_like(bank))
             for name, bank in self.banks.items()
         }
         parallel.mean_(rest)
-        if config.clip_scope == "global":
+        shares: dict[str, Tensor] = {}
+        if config.clip_scope == "global":  # the norm of all is wanted before anything moves
+            shares = {name: wait() for name, wait in pending.items()}
             self._clip([*shares.values(), *rest], self._square_norms(list(shares.values()), rest, sharded=True))
-        for name, bank in self.banks.items():
+        gathered = []
+        for name, bank in self.banks.items():  # one bank is updated while others travel
+            share = shares[name] if shares else pending[name]()
             weight = parallel.cut(bank.data)
             decay = config.muon_weight_decay
-            muon_update(weight, shares[name], self.momentum[name], config.matrix_lr * lr_scale, mu, decay)
+            muon_update(weight, share, self.momentum[name], config.matrix_lr * lr_scale, mu, decay)
             if weight is not bank.data:
-                bank.data.copy_(parallel.gather(weight, len(bank)))
+                gathered.append((bank, parallel.start_gather(weight, len(bank))))
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        for bank, wait in gathered:
+            bank.data.copy_(wait())
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        """Set gradients to zero where they are: captured graphs add to these very tensors."""
+        if grads := [p.grad for p in self.parameters.values() if p.grad is not None]:
+            torch._foreach_zero_(grads)
 
     def _square_norms(self, banks: list[Tensor], rest: list[Tensor], sharded: bool = False) -> Tensor:
         """Sum of squares of all gradients. Summed slice by slice, so that the number of ranks cannot change it."""
@@ -114,8 +124,8 @@ class Optimizer:
         """Restore what `tensors` wrote, for any number of ranks; AdamW state not listed is cleared."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
-            parameter.grad = None
             self.average[name].copy_(tensors[f"average.{name}"])
+        self._drop_gradients()
         for name, share in self.momentum.items():
             share.copy_(parallel.cut(tensors[f"momentum.{name}"]).to(share.device))
         self.adam.state.clear()

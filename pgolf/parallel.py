@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,15 @@ def agree(elapsed: float, stop_now: bool, device: torch.device) -> tuple[float, 
     return elapsed, bool(flag)
 
 
+def smallest(value: float, device: torch.device) -> float:
+    """The smallest of all ranks' values."""
+    if world_size() == 1:
+        return value
+    word = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(word, op=dist.ReduceOp.MIN)
+    return float(word)
+
+
 def _padded(bank: torch.Tensor) -> torch.Tensor:
     """A copy of a bank [n, ...] with zero slices appended, so that every rank gets as many."""
     world = world_size()
@@ -85,34 +95,52 @@ def _padded(bank: torch.Tensor) -> torch.Tensor:
     return padded
 
 
-def scatter_mean(bank: torch.Tensor) -> torch.Tensor:
-    """Average a bank [n, ...] over ranks and return this rank's share of slices, n padded with zeros to a multiple."""
+def start_scatter_mean(bank: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to average a bank [n, ...] over ranks; what is returned waits, and gives this rank's share of its slices.
+
+    n is padded with zeros to a multiple of the ranks.
+    """
     world = world_size()
     if world == 1:
-        return bank
+        return lambda: bank
     padded = _padded(bank)
     share = len(padded) // world
     if dist.get_backend() == "gloo":  # gloo has no reduce-scatter
-        dist.all_reduce(padded)
-        mine = padded[rank() * share : (rank() + 1) * share].clone()
+        work = dist.all_reduce(padded, async_op=True)
+        mine = padded[rank() * share : (rank() + 1) * share]
     else:
         mine = bank.new_empty(share, *bank.shape[1:])
-        dist.reduce_scatter_tensor(mine, padded)
-    return mine / world
+        work = dist.reduce_scatter_tensor(mine, padded, async_op=True)
+
+    def finish() -> torch.Tensor:
+        work.wait()
+        return mine / world
+
+    return finish
+
+
+def start_gather(share: torch.Tensor, count: int) -> Callable[[], torch.Tensor]:
+    """Begin the inverse of `cut`; what is returned waits, and gives every rank's slices, the first `count` of them."""
+    world = world_size()
+    if world == 1:
+        return lambda: share
+    whole = share.new_empty(world * len(share), *share.shape[1:])
+    work = dist.all_gather_into_tensor(whole, share.contiguous(), async_op=True)
+
+    def finish() -> torch.Tensor:
+        work.wait()
+        return whole[:count]
+
+    return finish
 
 
 def gather(share: torch.Tensor, count: int) -> torch.Tensor:
-    """Inverse of the cut in `scatter_mean`: every rank's slices, the first `count` of them."""
-    world = world_size()
-    if world == 1:
-        return share
-    whole = share.new_empty(world * len(share), *share.shape[1:])
-    dist.all_gather_into_tensor(whole, share.contiguous())
-    return whole[:count]
+    """The inverse of `cut`, at once."""
+    return start_gather(share, count)()
 
 
 def cut(bank: torch.Tensor) -> torch.Tensor:
-    """This rank's share of a bank, padded as in `scatter_mean`."""
+    """This rank's share of a bank, padded as in `start_scatter_mean`."""
     world = world_size()
     if world == 1:
         return bank

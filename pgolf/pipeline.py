@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pgolf import __version__, artifact, banks, checkpoint, console, loading, parallel, score, ttt
+from pgolf import __version__, artifact, banks, checkpoint, console, doctor, fit, loading, parallel, score, ttt
 from pgolf import train as training
-from pgolf.config import Config, EvalConfig, QuantizeConfig, TTTConfig, from_dict, to_dict
+from pgolf.config import AUTO, Config, EvalConfig, QuantizeConfig, TTTConfig, from_dict, override, to_dict
 from pgolf.data import build, shards
 from pgolf.data.loader import Loader
 from pgolf.data.tokenizer import Tokenizer
@@ -91,12 +91,18 @@ def train(
         checkpoint.newest(run)  # nothing is written for a run that cannot go on
     if resume and (run / "run.json").exists():
         known = read_object(run / "run.json")
+        if config.train.micro_batch == AUTO:
+            config = override(config, [f"train.micro_batch={_micro_batch_of(known)}"])
         if known.get("config") != to_dict(config):
             raise PgolfError(f"{run / 'run.json'}: another configuration; resume with the same recipe and settings")
         check_tokenizer(run, data, sha)
     elif not resume and run.exists() and checkpoint.checkpoints(run):
         raise PgolfError(f"{run} already holds checkpoints; use --resume to go on or choose another folder with --out")
     make_folder(run)
+    if config.train.micro_batch == AUTO:
+        tokens = fit.largest_micro_batch(config, device, training.compute_dtype(config, device))
+        console.say(f"train.micro_batch: {tokens:,} tokens fit in this GPU's memory")
+        config = override(config, [f"train.micro_batch={tokens}"])
     note(run, config=to_dict(config), seed=config.seed, tokenizer_sha256=sha, **environment(device))
     if sha and parallel.rank() == 0:
         write_bytes(run / TOKENIZER, (data / TOKENIZER).read_bytes())
@@ -104,18 +110,21 @@ def train(
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     with console.Bar("train") as bar:
+        peak_flops = (doctor.peak_flops(device) or 0.0) * parallel.world_size()
 
         def show(p: training.Progress) -> None:
+            share = f" ({p.flops_per_second / peak_flops:.1%} of the GPU's peak)" if peak_flops else ""
             mode = f"{p.context}{' looped' if p.looping else ''}"
             bar.update(
                 p.fraction,
                 f"step {p.step}  loss {p.loss:.4f}  context {mode}  {p.tokens_per_second / 1e6:.4g} Mtok/s  "
-                f"{p.flops_per_second / 1e12:.3g} TFLOP/s  {p.elapsed:.1f} s",
+                f"{p.flops_per_second / 1e12:.3g} TFLOP/s{share}  {p.elapsed:.1f} s",
                 p.elapsed,
             )
 
         trainer = training.train(config, files, run, device, resume, stop_after, show)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    # Reserved, not allocated: what graphs hold for their next replay counts.
+    peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
     note(
         run,
         steps=trainer.step,
@@ -127,6 +136,13 @@ def train(
     )
     memory = "" if peak is None else f", peak GPU memory {peak / 2**20:,.0f} MiB"
     console.say(f"trained {trainer.step} steps in {trainer.elapsed:.1f} s{memory}")
+
+
+def _micro_batch_of(known: dict[str, Any]) -> int:
+    """The micro-batch that a run's first start found."""
+    found = from_dict(known.get("config", {}))
+    assert isinstance(found, Config)
+    return found.train.micro_batch
 
 
 def averaged_model(run: Path, device: torch.device) -> tuple[GPT, Config]:

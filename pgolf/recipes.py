@@ -51,7 +51,7 @@ def demo() -> Config:
             rewarm_steps=8,
             clip_scope="global",
             log_every=10,
-            compile="off",
+            step="eager",
         ),
         quantize=QuantizeConfig(mode="record", calibration_batches=8, passthrough=4096),
         eval=EvalConfig(context=384, stride=192),

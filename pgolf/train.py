@@ -1,5 +1,6 @@
 """The training loop (recipe section 3)."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,8 +18,9 @@ from pgolf.data.loader import Loader
 from pgolf.errors import PgolfError
 from pgolf.files import make_folder, write_bytes
 from pgolf.interrupt import Stopped, StopSignal
+from pgolf.microstep import EagerMicroStep, GraphedMicroStep
 from pgolf.model import GPT, flops_per_token
-from pgolf.ops import attention
+from pgolf.ops import _native, attention
 from pgolf.optim import Optimizer
 
 
@@ -45,6 +47,18 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
 
 
+def step_way(config: Config, device: torch.device) -> str:
+    """How `train.step` makes a step on this device: graphs, compiled or eager."""
+    way = config.train.step
+    if device.type != "cuda":
+        if way in ("graphs", "compiled"):
+            raise PgolfError(f"train.step={way} needs a CUDA GPU; leave it at auto")
+        return "eager"
+    if way != "auto":
+        return way
+    return "graphs" if _native.available(device) else "compiled"
+
+
 class Trainer:
     """One run: model, optimizer, data and the position in all curves; everything a checkpoint must hold."""
 
@@ -61,9 +75,15 @@ class Trainer:
         attention.choose(None if settings.attention == "auto" else settings.attention)
         self.model = GPT(config.model).initialize(config.seed).to(device)
         self.model.dtype = compute_dtype(config, device)
-        if settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"):
+        self.way = step_way(config, device)
+        if self.way == "compiled":
             self.model.compile_regions()
         self.optimizer = Optimizer(self.model, settings)
+        self._micro_step = (
+            GraphedMicroStep(self._share_of_loss, device, self.model.parameters())
+            if self.way == "graphs"
+            else EagerMicroStep(self._share_of_loss, device)
+        )
         self.loader = Loader(
             files,
             rank=parallel.rank(),
@@ -85,18 +105,12 @@ class Trainer:
             return min(1.0, self.step / settings.steps)
         return min(1.0, elapsed / (settings.seconds - settings.reserve_seconds))
 
+    def _share_of_loss(self, ids: torch.Tensor, targets: torch.Tensor, bounds: torch.Tensor, context: int) -> Any:
+        return self.model.train_loss(ids, targets, bounds, context) / self.accumulation
+
     def micro_step(self) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its share of the step's loss, 0-dim."""
-        batch = self.loader.next_batch(self.context)
-        inputs, targets, bounds = batch.inputs, batch.targets, batch.cu_seqlens
-        if self.device.type == "cuda":
-            inputs, targets, bounds = (
-                x.pin_memory().to(self.device, non_blocking=True) for x in (inputs, targets, bounds)
-            )
-            torch._dynamo.maybe_mark_dynamic(bounds, 0)  # the number of segments changes with every batch
-        loss = self.model.train_loss(inputs, targets, bounds, self.context) / self.accumulation
-        loss.backward()
-        return loss.detach()
+        """Forward and backward of the next micro-batch; returns its share of the step's loss, 0-dim."""
+        return self._micro_step(self.loader.next_batch(self.context), self.context, self.model.looping)
 
     def train_step(self, fraction: float) -> torch.Tensor:
         """One optimizer step at `fraction` of the schedule; returns the mean loss of this rank, 0-dim."""
@@ -118,16 +132,20 @@ class Trainer:
         return schedule.lr_scale(self.config.train, fraction) * schedule.rewarm(self.config.train, since)
 
     def warm_up(self, until: float) -> None:
-        """Run every mode the schedule meets up to fraction `until`, so that all is compiled; then undo it all."""
+        """Run every mode the schedule meets up to fraction `until`, so that all is compiled; then undo it all.
+
+        With CUDA graphs one step of a mode does that.
+        """
         settings = self.config.train
-        if settings.warmup_steps == 0:
+        steps = min(settings.warmup_steps, 1) if self.way == "graphs" else settings.warmup_steps
+        if steps == 0:
             return
         tensors = {name: value.detach().cpu().clone() for name, value in self.optimizer.tensors()}
         position = self.loader.state_dict()
         kept = self.context, self.context_since, self.step
         for context, looping in schedule.modes(settings, until):
             self.context, self.model.looping = context, looping and self.config.model.num_loops > 0
-            for _ in range(settings.warmup_steps):
+            for _ in range(steps):
                 for _ in range(self.accumulation):
                     self.micro_step()
                 self.optimizer.step(1.0, settings.muon_momentum_start)
@@ -179,10 +197,24 @@ def train(
     `stop_after` ends early, at this many seconds (or steps with train.schedule_by=step), with the curves of the whole
     schedule. Ctrl-C and SIGTERM save, then raise Stopped. Returns the trainer in its final state.
     """
-    settings = config.train
     make_folder(run)
     if not resume and checkpoint.checkpoints(run):
         raise PgolfError(f"{run} already holds checkpoints; use --resume to go on or choose another folder with --out")
+    # Compiled, the step is PyTorch's alone: the reference that the kernels are held against.
+    with _native.forced("none") if step_way(config, device) == "compiled" else contextlib.nullcontext():
+        return _train(config, files, run, device, resume, stop_after, progress)
+
+
+def _train(
+    config: Config,
+    files: list[Path],
+    run: Path,
+    device: torch.device,
+    resume: bool,
+    stop_after: float | None,
+    progress: Callable[[Progress], None] | None,
+) -> Trainer:
+    settings = config.train
     trainer = Trainer(config, files, run, device)
     try:
         if resume:
@@ -199,6 +231,11 @@ def train(
         return trainer
     except OSError as error:
         raise PgolfError(f"cannot write in {run}: {error.strerror}; free space or choose another folder") from error
+    except torch.OutOfMemoryError as error:
+        raise PgolfError(
+            f"a micro-batch of {settings.micro_batch:,} tokens does not fit in the GPU's memory; "
+            "use --set train.micro_batch=auto"
+        ) from error
     finally:
         trainer.loader.close()
 

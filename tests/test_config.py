@@ -171,7 +171,7 @@ def test_overrides_are_checked_together_and_the_last_one_wins():
         ("train.seconds=3", r"train\.seconds must be above train\.reserve_seconds"),
         ("train.seconds=nan", r"train\.seconds"),
         ("train.warmdown=0", r"train\.warmdown"),
-        ("train.compile=maybe", r"train\.compile"),
+        ("train.step=maybe", r"train\.step"),
         ("train.dtype=float16", r"train\.dtype"),
         ("train.clip_scope=all", r"train\.clip_scope"),
         ("train.log_every=0", r"train\.log_every"),

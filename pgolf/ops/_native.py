@@ -75,6 +75,8 @@ def _warn_once(reason: str) -> None:
 
 def available(device: torch.device) -> bool:
     """Whether the compiled kernels run on `device`. A CUDA device without them is reported by one warning."""
+    if _forced == "none":
+        return False
     reason = why_not(device)
     if reason and device.type == "cuda":
         _warn_once(reason)
@@ -91,12 +93,12 @@ _forced: str | None = None
 
 @contextlib.contextmanager
 def forced(build: str) -> Iterator[None]:
-    """Run the kernels of `build` ("generic" or "sm90") inside the block, in every thread: for tests and benchmarks.
+    """Run the kernels of `build` ("generic" or "sm90"; "none": PyTorch's operators) inside the block, in every thread.
 
     ValueError where this installation has no such build; that the GPU can run it is for the caller to know.
     """
     global _forced
-    if build not in (names := require().BUILDS):
+    if build != "none" and build not in (names := require().BUILDS):
         raise ValueError(f"forced: build: expected one of {', '.join(names)}, got {build!r}")
     before, _forced = _forced, build
     try:
