@@ -44,7 +44,7 @@ from pgolf.errors import PgolfError
 Array = NDArray[Any]
 
 MAGIC = b"\x89PGOLF\r\n"
-VERSION = 2
+VERSION = 3
 DTYPES = ("float16", "float32", "int8", "int16", "int32", "int64", "uint8")
 CAP = 16_000_000  # bytes that the rules allow a file, weights and code
 LIMIT = 2**30  # bytes of a file, and of all its arrays

@@ -38,9 +38,11 @@ def model_from_state(state: dict[str, np.ndarray], config: ModelConfig) -> GPT:
         ):
             if tuple(whole[name].shape) != shape:
                 raise ValueError(f"{name} is {list(whole[name].shape)}, not {list(shape)}")
-        model = GPT(config)
+        with torch.device("meta"):  # nothing is drawn or allocated only to be overwritten
+            model = GPT(config)
         shapes = {name: value.shape for name, value in model.state_dict().items()}
-        model.load_state_dict({name: value.reshape(shapes.get(name, value.shape)) for name, value in whole.items()})
+        given = {name: value.reshape(shapes.get(name, value.shape)) for name, value in whole.items()}
+        model.load_state_dict(given, assign=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise PgolfError(f"the weights do not fit the model: {str(error).splitlines()[0]}") from error
     return model

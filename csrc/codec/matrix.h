@@ -20,7 +20,7 @@ struct Range {
 
 // Consecutive matrices of equal shape share a stream, and what was learned on the first ones, up to this many entries:
 // a fixed rule, so that the bytes do not depend on the number of threads.
-constexpr std::size_t kStreamEntries = std::size_t{1} << 22;
+constexpr std::size_t kStreamEntries = std::size_t{1} << 21;
 std::vector<Range> plan_streams(std::span<const Shape> shapes);
 
 // A valid stream holds at most this many entries a byte: an entry takes at least two decisions, also where its parity
