@@ -122,17 +122,32 @@ class Stream(NamedTuple):
     branch: Tensor | None = None
     branch_scale: Tensor | None = None
 
-    def settled(self) -> Residual:
-        """Nothing left to add."""
-        return residual(self.x, branch=self.branch, branch_scale=self.branch_scale)
-
 
 class Skip(NamedTuple):
     """The output of an encoder layer on its way to a decoder layer: lerp(weight * x, stream, sigmoid(gate))."""
 
-    x: Tensor
+    x: Tensor | None  # None: the stream itself, the last encoder layer's output
     weight: Tensor  # [D]
     gate: Tensor  # [D]
+
+
+def enter(stream: Stream, skip: Skip | None, layer: Layer, context: Context, **keep: bool) -> Residual:
+    """All that a layer adds to the stream before its attention, with what attention reads; `keep` as in `residual`."""
+    skip_x, skip_weight, skip_gate = skip or (None, None, None)
+    return residual(
+        stream.x,
+        branch=stream.branch,
+        branch_scale=stream.branch_scale,
+        skip=skip_x,
+        skip_weight=skip_weight,
+        skip_gate=skip_gate,
+        x0=stream.x0,
+        mix=layer.resid_mix,
+        gate_weight=layer.gate,
+        gate_scale=context.gate_scale,
+        norm_scale=layer.norm_scale,
+        **keep,
+    )
 
 
 def block(
@@ -145,31 +160,16 @@ def block(
     hooks: Hooks = NO_HOOKS,
 ) -> tuple[Stream, Tensor | None]:
     """A sequential layer: attention, then MLP. With `keep` also returns the stream as it came in, all added."""
-    skip_x, skip_weight, skip_gate = skip or (None, None, None)
-    enter = residual(
-        stream.x,
-        branch=stream.branch,
-        branch_scale=stream.branch_scale,
-        skip=skip_x,
-        skip_weight=skip_weight,
-        skip_gate=skip_gate,
-        x0=stream.x0,
-        mix=layer.resid_mix,
-        gate_weight=layer.gate,
-        gate_scale=context.gate_scale,
-        norm_scale=layer.norm_scale,
-        keep_sum=keep,
-    )
-    a = attend(enter.normed, enter.gate, layer, context, xsa, hooks)
-    assert enter.x0 is not None
-    middle = residual(enter.stream, branch=a, branch_scale=layer.attn_scale, norm_scale=layer.norm_scale)
+    entered = enter(stream, skip, layer, context, keep_sum=keep)
+    a = attend(entered.normed, entered.gate, layer, context, xsa, hooks)
+    middle = residual(entered.stream, branch=a, branch_scale=layer.attn_scale, norm_scale=layer.norm_scale)
     m = mlp(middle.normed, layer, hooks)
-    return Stream(middle.stream, enter.x0, m, layer.mlp_scale), enter.sum
+    return Stream(middle.stream, entered.x0, m, layer.mlp_scale), entered.sum
 
 
 def parallel_block(
-    lanes: tuple[Tensor, Tensor],
-    x0: Tensor,
+    lane0: Stream,
+    lane1: Tensor | None,
     skip: Skip | None,
     layer: Layer,
     post: Tensor,
@@ -177,25 +177,17 @@ def parallel_block(
     context: Context,
     xsa: bool,
     hooks: Hooks = NO_HOOKS,
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """A parallel layer: attention reads lane 0, the MLP lane 1; both write to both. post [2, 2], resid [2]."""
-    lane0, lane1 = lanes
-    if skip is not None:  # into lane 0 only
-        lane0 = residual(lane0, skip=skip.x, skip_weight=skip.weight, skip_gate=skip.gate).stream
-    enter = residual(
-        lane0,
-        x0=x0,
-        mix=layer.resid_mix,
-        gate_weight=layer.gate,
-        gate_scale=context.gate_scale,
-        norm_scale=layer.norm_scale,
-        keep_sum=True,
-    )
-    assert enter.x0 is not None and enter.sum is not None
-    other = residual(lane1, norm_scale=layer.norm_scale)
-    a = attend(enter.normed, enter.gate, layer, context, xsa, hooks)
+) -> tuple[Stream, Tensor]:
+    """A parallel layer: attention reads lane 0, the MLP lane 1; both write to both. post [2, 2], resid [2].
+
+    In the first one lane1 is None: both lanes begin as the stream, and the skip goes into lane 0 only.
+    """
+    entered = enter(lane0, skip, layer, context, keep_sum=lane1 is None, keep_blend=True, keep_stream=False)
+    other = residual(entered.sum if lane1 is None else lane1, norm_scale=layer.norm_scale)
+    a = attend(entered.normed, entered.gate, layer, context, xsa, hooks)
     m = mlp(other.normed, layer, hooks)
-    return mix_lanes(enter.sum, other.stream, a, m, layer.attn_scale, layer.mlp_scale, post, resid), enter.x0
+    out0, out1 = mix_lanes(entered.blend, other.stream, a, m, layer.attn_scale, layer.mlp_scale, post, resid)
+    return Stream(out0, entered.x0), out1
 
 
 def softcapped_cross_entropy(h: Tensor, embedding: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -280,31 +272,20 @@ class GPT(nn.Module):
     @property
     def slots(self) -> int:
         """Executed layers: one adapter set each."""
-        encoder, decoder = self.order()
-        return len(encoder) + len(decoder)
+        return sum(map(len, self.order()))
 
     def _layers(self, dtype: torch.dtype) -> list[Layer]:
         count = self.config.num_layers
         qo, kv = self.qo_bank.to(dtype), self.kv_bank.to(dtype)
         # unbind, not indexing: its backward is one stack instead of a full-size zero bank per layer
         qkv = torch.cat((qo[:count], kv[:count], kv[count:]), dim=1).unbind()
-        o = qo[count:].unbind()
-        up, down = self.mlp_up_bank.to(dtype).unbind(), self.mlp_down_bank.to(dtype).unbind()
-        return [
-            Layer(
-                qkv[i],
-                o[i],
-                up[i],
-                down[i],
-                part.attn.q_gain,
-                part.attn.attn_gate_w,
-                part.attn_scale,
-                part.mlp_scale,
-                part.resid_mix,
-                1 / math.sqrt(i + 1),
-            )
-            for i, part in enumerate(cast(list[_Block], list(self.blocks)))
-        ]
+        o, up, down = (bank.unbind() for bank in (qo[count:], self.mlp_up_bank.to(dtype), self.mlp_down_bank.to(dtype)))
+        layers = []
+        for i, part in enumerate(cast(list[_Block], list(self.blocks))):
+            attn, norm_scale = part.attn, 1 / math.sqrt(i + 1)
+            small = (attn.q_gain, attn.attn_gate_w, part.attn_scale, part.mlp_scale, part.resid_mix)
+            layers.append(Layer(qkv[i], o[i], up[i], down[i], *small, norm_scale))
+        return layers
 
     def _context(self, length: int, cu_seqlens: Tensor | None, max_seqlen: int | None, device: torch.device) -> Context:
         config = self.config
@@ -338,31 +319,25 @@ class GPT(nn.Module):
         encoder, decoder = self.order()
         stream = Stream(x0.view_as(x0), x0)  # another tensor object: identical arguments would compile apart
         stack: list[Tensor] = []
-        lanes: tuple[Tensor, Tensor] | None = None
+        lanes: tuple[Stream, Tensor] | None = None
         for slot, i in enumerate((*encoder, *decoder)):
             step = slot - len(encoder)
             xsa, hooks = i >= config.num_layers - config.xsa_last_n, self._hooks(adapters, slot, i)
-            parallel = step >= 0 and i >= config.parallel_start_layer
-            if step == 0 or (parallel and lanes is None):  # whole before it is used twice
-                stream = Stream(stream.settled().stream, stream.x0)
-            if step == 0 and encoder:
-                stack.append(stream.x)
             skip = None
-            if 0 <= step < len(skip_weights) and stack:
-                skip = Skip(stack.pop(), skip_weights[step], skip_gates[step])
-            if parallel:
-                lanes = lanes or (stream.x, stream.x)
-                lanes, x0 = run_parallel(lanes, stream.x0, skip, layers[i], posts[i], resids[i], context, xsa, hooks)
-                stream = stream._replace(x0=x0)
+            if 0 <= step < min(len(encoder), len(skip_weights)):
+                skip = Skip(stack.pop() if step else None, skip_weights[step], skip_gates[step])
+            if step >= 0 and i >= config.parallel_start_layer:
+                lane0, lane1 = lanes or (stream, None)
+                lanes = run_parallel(lane0, lane1, skip, layers[i], posts[i], resids[i], context, xsa, hooks)
             else:
                 # The last block's output is whole only inside this one.
                 stream, before = run_block(stream, skip, layers[i], context, xsa, 0 < slot < len(encoder), hooks)
                 if before is not None:
                     stack.append(before)
         if lanes is None:
-            h = stream.settled().normed
+            h = residual(stream.x, branch=stream.branch, branch_scale=stream.branch_scale, keep_stream=False).normed
         else:
-            h = norm_mean(*lanes)
+            h = norm_mean(lanes[0].x, lanes[1])
         if self.observer is not None:
             self.observer(("tok_emb.weight",), h, ())
         return h

@@ -85,7 +85,9 @@ def check_same(operator: Operator, arguments: Arguments, actual: list[Tensor], e
 
 
 def shifted(tensor: Tensor) -> Tensor:
-    """The same values, one element beyond an address that is a multiple of 16 bytes."""
+    """The same values, one element beyond an address that is a multiple of 16 bytes; an empty tensor is nowhere."""
+    if not tensor.numel():
+        return tensor.detach()
     room = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=tensor.device)
     moved = room[1 : tensor.numel() + 1].view(tensor.shape)
     assert tensor.itemsize >= 16 or moved.data_ptr() % 16

@@ -16,7 +16,8 @@ from pgolf.testing import check_equal
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-COMBINATIONS = list(itertools.product([False, True], repeat=4))  # branch, skip, x0, gate
+BOTH = (False, True)
+COMBINATIONS = list(itertools.product(BOTH, ("", "other", "self"), BOTH, BOTH))  # branch, skip, x0, gate
 NUMBERS = (0.7, 0.6, 1e-6)  # gate_scale, norm_scale, eps
 
 
@@ -32,7 +33,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, dtype=dtype)
 
 
-def operands(branch: bool, skip: bool, x0: bool, gate: bool, rows: int, dim: int, dtype: torch.dtype) -> Operands:
+def operands(branch: bool, skip: str, x0: bool, gate: bool, rows: int, dim: int, dtype: torch.dtype) -> Operands:
+    """skip: "", "other" for a tensor of its own, or "self" for the stream."""
     wide = torch.promote_types(dtype, torch.float32)
     heads, window = 3, min(5, dim)
 
@@ -46,9 +48,9 @@ def operands(branch: bool, skip: bool, x0: bool, gate: bool, rows: int, dim: int
         draw(rows, dim, dtype=dtype),
         activation(branch),
         parameter(branch, dim),
-        activation(skip),
-        parameter(skip, dim),
-        parameter(skip, dim),
+        activation(skip == "other"),
+        parameter(skip != "", dim),
+        parameter(skip != "", dim),
         activation(x0),
         parameter(x0, 2, dim),
         parameter(gate, heads, window),
@@ -76,10 +78,12 @@ def test_by_hand() -> None:
         gate_scale=0.0,
         norm_scale=0.5,
         keep_sum=True,
+        keep_blend=True,
     )
     assert out.sum is not None and out.gate is not None
     check_equal("sum", out.sum, torch.tensor([[3.0, 0.0]]))
-    check_equal("stream", out.stream, torch.tensor([[3.0, 8.0]]))  # of t = [3.5, 2]
+    check_equal("blend", out.blend, torch.tensor([[3.5, 2.0]]))
+    check_equal("stream", out.stream, torch.tensor([[3.0, 8.0]]))
     torch.testing.assert_close(out.normed, 0.5 * out.stream / (73 / 2) ** 0.5)
     check_equal("gate", out.gate, torch.tensor([[0.5]]))
 
@@ -102,26 +106,29 @@ def test_norm_mean_is_the_norm_of_the_mean_however_small() -> None:
 
 @pytest.mark.parametrize("function", [residual.reference, residual.fused])
 @pytest.mark.parametrize("combination", COMBINATIONS)
-def test_what_is_returned(function: Any, combination: tuple[bool, ...]) -> None:
+def test_what_is_returned(function: Any, combination: tuple[Any, ...]) -> None:
     """In shape and type, and what nothing was added to is the argument itself."""
     o = operands(*combination, rows=4, dim=16, dtype=torch.bfloat16)
-    for keep_sum in (False, True):
-        out = function(*o, 1.0, 1.0, keep_sum)
-        assert (out.sum is not None) == keep_sum
+    for keep_sum, keep_blend, keep_stream in itertools.product(BOTH, BOTH, BOTH):
+        out = function(*o, 1.0, 1.0, keep_sum, keep_blend, keep_stream)
+        assert [tensor is not None for tensor in out[:3]] == [keep_sum, keep_blend, keep_stream]
         assert (out.gate is not None) == (o.gate_weight is not None)
         assert all(tensor.dtype == torch.bfloat16 for tensor in present(out))
-        assert (out.stream.data_ptr() == o.x.data_ptr()) == (not o.changed)
         if keep_sum:
             assert (out.sum.data_ptr() == o.x.data_ptr()) == (o.branch is None)
+        if keep_blend:
+            assert (out.blend.data_ptr() == o.x.data_ptr()) == (not o.blended)
+        if keep_stream:
+            assert (out.stream.data_ptr() == o.x.data_ptr()) == (not o.changed)
         assert (out.x0 is None) if o.x0 is None else (out.x0.data_ptr() == o.x0.data_ptr())
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
-def test_gradients_of_any_outputs(combination: tuple[bool, ...]) -> None:
+def test_gradients_of_any_outputs(combination: tuple[Any, ...]) -> None:
     """The backward written out, beside autograd's of the reference, in float64; outputs without a gradient are none."""
     o = operands(*combination, rows=3, dim=8, dtype=torch.float64)
     leaves = [tensor.requires_grad_() for tensor in present(o)]
-    ours, theirs = (present(f(*o, 0.7, 0.6, True)) for f in (residual.fused, residual.reference))
+    ours, theirs = (present(f(*o, 0.7, 0.6, True, True)) for f in (residual.fused, residual.reference))
     for chosen in itertools.product([False, True], repeat=len(ours)):
         if not any(chosen):
             continue
@@ -158,12 +165,13 @@ def test_x0_handed_on_collects_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
-def test_opcheck(combination: tuple[bool, ...]) -> None:
+def test_opcheck(combination: tuple[Any, ...]) -> None:
     o = operands(*combination, rows=3, dim=16, dtype=torch.float32)
-    torch.library.opcheck(residual.residual_op, (list(o), *NUMBERS, True, True))
+    torch.library.opcheck(residual.residual_op, (list(o), *NUMBERS, True, True, True))
     opened = torch.rand(3, 3) if o.gate_weight is not None else None
     of_gate = None if opened is None else draw(3, 3)
-    given = [None, draw(3, 16), draw(3, 16), of_gate, None if o.x0 is None else draw(3, 16), opened]
+    of_blend, of_x0 = (None if o.x0 is None else draw(3, 16) for _ in range(2))
+    given = [None, of_blend, draw(3, 16), draw(3, 16), of_gate, of_x0, opened]
     torch.library.opcheck(residual.residual_backward_op, (given, list(o), *NUMBERS))
 
 
@@ -174,15 +182,19 @@ def test_lanes_backward_passes_opcheck() -> None:
 
 
 @pytest.mark.parametrize("function", [residual.reference, residual.fused, residual.residual])
-@pytest.mark.parametrize("combination", [(True, False, True, True), (True, True, True, False), (False,) * 4])
-def test_compiles_in_one_graph(function: Any, combination: tuple[bool, ...]) -> None:
+@pytest.mark.parametrize(
+    "combination",
+    [(True, "", True, True), (True, "self", True, False), (False, "other", False, True), (False, "", False, False)],
+)
+def test_compiles_in_one_graph(function: Any, combination: tuple[Any, ...]) -> None:
     """Arguments passed through included."""
     torch.compiler.reset()
     given = operands(*combination, rows=3, dim=16, dtype=torch.float32)._asdict()
     leaves = [tensor.requires_grad_() for tensor in present(given.values())]
 
     def step(given: dict[str, Tensor | None]) -> list[Tensor]:
-        return present(function(**given, gate_scale=0.7, norm_scale=0.6, keep_sum=True))
+        kept = {"keep_sum": True, "keep_blend": True, "keep_stream": given["x0"] is None}
+        return present(function(**given, gate_scale=0.7, norm_scale=0.6, **kept))
 
     results = []
     for call in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
@@ -207,6 +219,7 @@ X, W = torch.zeros(3, 8), torch.zeros(8)
         ({"branch": X, "branch_scale": W[:4]}, "branch_scale: expected shape [8], got [4]"),
         ({"branch": X, "branch_scale": W.bfloat16()}, "branch_scale: expected torch.float32, got torch.bfloat16"),
         ({"skip": X, "skip_weight": W}, "skip_gate: expected a tensor beside skip, got None"),
+        ({"skip_gate": W}, "skip_weight: expected a tensor beside skip_gate, got None"),
         ({"x0": X.to("meta"), "mix": torch.zeros(2, 8)}, "x0: expected a tensor on cpu as x, got meta"),
         ({"x0": X, "mix": W}, "mix: expected shape [2, 8], got [8]"),
         ({"gate_weight": torch.zeros(2, 9)}, "gate_weight: expected shape [heads, w], 1 <= w <= 8, got [2, 9]"),
@@ -249,19 +262,20 @@ def compare(what: str, ours: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_kernels_of_any_operands_and_gradients(
-    gpu: torch.device, combination: tuple[bool, ...], dtype: torch.dtype
+    gpu: torch.device, combination: tuple[Any, ...], dtype: torch.dtype
 ) -> None:
     for rows, dim in ((0, 64), (1, 8), (70, 512), (33, 768), (5000, 64)):
         o = operands(*combination, rows=rows, dim=dim, dtype=dtype)
-        for keep_sum, keep_stream in ((True, True), (False, False)):
-            arguments = (*NUMBERS, keep_sum, keep_stream)
+        for kept in ((True, True, True), (False, True, False), (False, False, False)):
+            arguments = (*NUMBERS, *kept)
             wanted = residual.residual_op(list(o), *arguments)
             compare(f"{rows} x {dim}", residual.residual_op(on(gpu, o), *arguments), wanted)
         opened = torch.rand(rows, 3).to(dtype) if o.gate_weight is not None else None
-        full = [draw(rows, dim, dtype=dtype) for _ in range(3)]
-        full.append(draw(rows, 3, dtype=dtype) if opened is not None else None)  # type: ignore[arg-type]
-        full.append(draw(rows, dim, dtype=dtype) if o.x0 is not None else None)  # type: ignore[arg-type]
-        for left_out in range(6):
+        of_sum, of_blend, of_stream, of_normed, of_x0 = (draw(rows, dim, dtype=dtype) for _ in range(5))
+        of_gate = draw(rows, 3, dtype=dtype) if opened is not None else None
+        mixed = (of_blend, of_x0) if o.x0 is not None else (None, None)
+        full = [of_sum, mixed[0], of_stream, of_normed, of_gate, mixed[1]]
+        for left_out in range(7):
             given = [None if index == left_out else grad for index, grad in enumerate(full)] + [opened]
             wanted = residual.residual_backward_op(given, list(o), *NUMBERS)
             ours = residual.residual_backward_op(on(gpu, given), on(gpu, o), *NUMBERS)

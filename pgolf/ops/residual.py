@@ -5,7 +5,7 @@ One operator because each part alone moves as many bytes as all together. The ba
 the stream again from the operands, so that nothing is kept for it but them and the gate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,31 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.ops import _native
-from pgolf.ops._rows import (
-    address,
-    aligned,
-    expect,
-    expect_activation,
-    expect_like,
-    expect_parameter,
-    kernel_takes,
-    present,
-    room,
-    wide,
-)
+from pgolf.ops._residual import Operands, residual_backward_op, residual_op
+from pgolf.ops._rows import expect, expect_activation, expect_like, expect_parameter, kernel_takes, present
 from pgolf.ops.embed import machine_epsilon
 
-MAX_GATE = 32  # the kernels take a gate of at most so many heads and columns
+MAX_GATE = 32  # the kernels take a gate of at most so many heads and columns,
+MAX_GATE_WEIGHTS = 512  # and at most this many weights
 
 
 class Residual(NamedTuple):
-    """What `residual` returns; names as there."""
+    """What `residual` returns; names as there.
 
-    sum: Tensor | None
-    stream: Tensor
+    None is what was not asked for: who asked knows, and `Any` spares them the assertion.
+    """
+
+    sum: Any
+    blend: Any
+    stream: Any
     normed: Tensor
-    gate: Tensor | None
-    x0: Tensor | None
+    gate: Any
+    x0: Any
 
 
 def reference(
@@ -53,21 +48,25 @@ def reference(
     gate_scale: float = 1.0,
     norm_scale: float = 1.0,
     keep_sum: bool = False,
+    keep_blend: bool = False,
+    keep_stream: bool = True,
 ) -> Residual:
     """The operator in plain PyTorch, computed in x's dtype; arguments as in `residual`."""
     stream = x
     if branch is not None and branch_scale is not None:
         stream = stream + branch_scale.to(x.dtype) * branch
     total = stream if keep_sum else None
-    if skip is not None and skip_weight is not None and skip_gate is not None:
-        stream = torch.lerp(skip_weight.to(x.dtype) * skip, stream, torch.sigmoid(skip_gate.to(x.dtype)))
+    if skip_weight is not None and skip_gate is not None:
+        skipped = skip_weight.to(x.dtype) * (stream if skip is None else skip)
+        stream = torch.lerp(skipped, stream, torch.sigmoid(skip_gate.to(x.dtype)))
+    blend = stream if keep_blend else None
     if x0 is not None and mix is not None:
         stream = mix[0].to(x.dtype) * stream + mix[1].to(x.dtype) * x0
     normed = F.rms_norm(stream, (x.shape[-1],)) * norm_scale
     gate = None
     if gate_weight is not None:
         gate = torch.sigmoid(gate_scale * F.linear(normed[..., : gate_weight.shape[1]], gate_weight.to(x.dtype)))
-    return Residual(total, stream, normed, gate, x0)
+    return Residual(total, blend, stream if keep_stream else None, normed, gate, x0)
 
 
 def residual(
@@ -84,29 +83,34 @@ def residual(
     gate_scale: float = 1.0,
     norm_scale: float = 1.0,
     keep_sum: bool = False,
+    keep_blend: bool = False,
+    keep_stream: bool = True,
 ) -> Residual:
     """Add a branch to the stream, let a skip connection and the embedding in, and norm it for the next branch.
 
         s = x + branch_scale * branch                                 (s = x without a branch)
-        t = lerp(skip_weight * skip, s, sigmoid(skip_gate))           (t = s without a skip)
+        t = lerp(skip_weight * skip, s, sigmoid(skip_gate))           (t = s without a skip; skip = s where only
+                                                                       skip_weight and skip_gate are given)
         u = mix[0] * t + mix[1] * x0                                  (u = t without x0)
         n = norm_scale * u / sqrt(mean(u^2) + eps),  eps = machine_epsilon(x.dtype)
         g = sigmoid(gate_scale * n[..., :w] gate_weight^T)
 
     x, branch, skip, x0 [..., D]: bfloat16 or float32 (on the CPU float64 too), of one shape and dtype. branch_scale,
     skip_weight, skip_gate [D], mix [2, D] and gate_weight [heads, w], w <= D: float32 (float64 where x is).
-    Returns sum = s (None unless keep_sum), stream = u, normed = n, gate = g [..., heads] (None without gate_weight) and
-    x0, all in x's dtype. What is an argument unchanged (x0; sum and stream where nothing was added) is that argument
-    passed through: the gradients of an x0 handed on from call to call then flow back as a chain, without additions of
-    their own. Differentiable in all tensors. ValueError names the argument that does not fit.
+    Returns sum = s (None unless keep_sum), blend = t (None unless keep_blend), stream = u (None unless keep_stream),
+    normed = n, gate = g [..., heads] (None without gate_weight) and x0, all in x's dtype. What is an argument unchanged
+    (x0; sum, blend and stream where nothing was added) is that argument passed through: the gradients of an x0 handed
+    on from call to call then flow back as a chain, without additions of their own. Differentiable in all tensors.
+    ValueError names the argument that does not fit.
 
-    Runs the CUDA kernels where they were built for the device, D is a multiple of 8 and at most 1024, and heads and w
-    are at most 32: in float32, each result rounded once, g from n as rounded. Elsewhere runs `reference`.
+    Runs the CUDA kernels where they were built for the device, D is a multiple of 8 and at most 1024, heads and w are
+    at most 32 and heads * w at most 512: in float32, each result rounded once, g from n as rounded. Elsewhere runs
+    `reference`.
     """
     operands = Operands(x, branch, branch_scale, skip, skip_weight, skip_gate, x0, mix, gate_weight)
     _check(operands)
     kernel = _native.available(x.device) and _fits(x, gate_weight)
-    return (fused if kernel else reference)(*operands, gate_scale, norm_scale, keep_sum)
+    return (fused if kernel else reference)(*operands, gate_scale, norm_scale, keep_sum, keep_blend, keep_stream)
 
 
 def norm_mean_reference(lane0: Tensor, lane1: Tensor) -> Tensor:
@@ -125,34 +129,6 @@ def norm_mean(lane0: Tensor, lane1: Tensor) -> Tensor:
     return (fused_norm_mean if kernel else norm_mean_reference)(lane0, lane1)
 
 
-# --- Operands and their checks ----------------------------------------------------------------------------------------
-
-
-class Operands(NamedTuple):
-    """The tensors of `residual`, in its order."""
-
-    x: Tensor
-    branch: Tensor | None = None
-    branch_scale: Tensor | None = None
-    skip: Tensor | None = None
-    skip_weight: Tensor | None = None
-    skip_gate: Tensor | None = None
-    x0: Tensor | None = None
-    mix: Tensor | None = None
-    gate_weight: Tensor | None = None
-
-    @property
-    def changed(self) -> bool:
-        """Whether the stream is not x."""
-        return self.branch is not None or self.skip is not None or self.x0 is not None
-
-    @property
-    def sections(self) -> list[int]:
-        """The sizes of branch_scale, skip_weight, skip_gate, mix and gate_weight; 0 for what is not there."""
-        parameters = (self.branch_scale, self.skip_weight, self.skip_gate, self.mix, self.gate_weight)
-        return [0 if tensor is None else tensor.numel() for tensor in parameters]
-
-
 def _check(operands: Operands) -> None:
     """ValueError with one line naming the first argument that does not fit."""
     name, x = "residual", operands.x
@@ -163,16 +139,16 @@ def _check(operands: Operands) -> None:
         ("skip", ["skip_weight", "skip_gate"], [dim]),
         ("x0", ["mix"], [2, dim]),
     ):
-        tensor = getattr(operands, activation)
-        if tensor is not None:
-            expect_like(name, activation, tensor, "x", x)
-        for parameter in parameters:
-            value = getattr(operands, parameter)
-            if tensor is None:
-                expect(value is None, name, parameter, f"None without {activation}", "a tensor")
-            else:
-                expect(value is not None, name, parameter, f"a tensor beside {activation}", None)
-                expect_parameter(name, parameter, value, shape, "x", x)
+        given = {key: getattr(operands, key) for key in (activation, *parameters)}
+        there = [key for key, tensor in given.items() if tensor is not None]
+        if activation in there:
+            expect_like(name, activation, given[activation], "x", x)
+        elif activation != "skip":  # which may be the stream
+            for parameter in there:
+                expect(False, name, parameter, f"None without {activation}", "a tensor")
+        for parameter in parameters if there else []:
+            expect(given[parameter] is not None, name, parameter, f"a tensor beside {there[0]}", None)
+            expect_parameter(name, parameter, given[parameter], shape, "x", x)
     weight = operands.gate_weight
     if weight is not None:
         fits = weight.dim() == 2 and weight.shape[0] > 0 and 1 <= weight.shape[1] <= dim
@@ -182,316 +158,66 @@ def _check(operands: Operands) -> None:
 
 def _fits(x: Tensor, gate_weight: Tensor | None = None) -> bool:
     """Whether the kernels take these widths and types."""
-    gate = gate_weight is None or max(gate_weight.shape) <= MAX_GATE
-    return gate and kernel_takes(x)
-
-
-def _native_inputs(operands: Operands, gate_scale: float, norm_scale: float, eps: float) -> Any:
-    """The kernels' description of aligned operands."""
-    x, weight = operands.x, operands.gate_weight
-    heads, window = (0, 0) if weight is None else weight.shape
-    return _native.require().ResidualInputs(
-        dtype=_native.dtype_code(x),
-        **{name: address(tensor) for name, tensor in operands._asdict().items()},
-        rows=x.numel() // x.shape[-1],
-        dim=x.shape[-1],
-        heads=heads,
-        window=window,
-        gate_scale=gate_scale,
-        norm_scale=norm_scale,
-        eps=eps,
-    )
-
-
-# --- Forward ----------------------------------------------------------------------------------------------------------
-
-
-class _Values(NamedTuple):
-    """What lies between the operands and the norm."""
-
-    s: Tensor
-    skipped: Tensor | None  # skip_weight * skip
-    t: Tensor
-    u: Tensor
-
-
-def _values(o: Operands) -> _Values:
-    s, skipped = wide(o.x), None
-    if o.branch is not None:
-        s = s + (wide(o.branch) if o.branch_scale is None else o.branch_scale * wide(o.branch))
-    t = s
-    if o.skip is not None and o.skip_weight is not None and o.skip_gate is not None:
-        skipped = o.skip_weight * wide(o.skip)
-        t = torch.lerp(skipped, s, torch.sigmoid(o.skip_gate))
-    u = t if o.x0 is None or o.mix is None else o.mix[0] * t + o.mix[1] * wide(o.x0)
-    return _Values(s, skipped, t, u)
-
-
-class _Outputs(NamedTuple):
-    normed: Tensor
-    stream: Tensor | None
-    sum: Tensor | None
-    gate: Tensor | None
-
-
-def _outputs(o: Operands, keep_sum: bool, keep_stream: bool) -> _Outputs:
-    return _Outputs(
-        room(o.x),
-        room(o.x) if keep_stream and o.changed else None,
-        room(o.x) if keep_sum and o.branch is not None else None,
-        None if o.gate_weight is None else o.x.new_empty(*o.x.shape[:-1], o.gate_weight.shape[0]),
-    )
-
-
-@torch.library.custom_op("pgolf::residual", mutates_args=(), device_types="cpu")
-def residual_op(
-    operands: Sequence[Tensor | None],
-    gate_scale: float,
-    norm_scale: float,
-    eps: float,
-    keep_sum: bool,
-    keep_stream: bool,
-) -> list[Tensor]:
-    """normed, then those of stream, sum and gate that are there: stream where it is not x and keep_stream is set, sum
-    where it is not x and keep_sum is set, gate where gate_weight is given.
-
-    operands: the nine of `Operands`. A branch alone may come without branch_scale, for ones. Not differentiable.
-    """
-    o = Operands(*operands)  # type: ignore[arg-type]
-    v = _values(o)
-    outs = _outputs(o, keep_sum, keep_stream)
-    outs.normed.copy_(norm_scale * v.u * (v.u.square().mean(-1, keepdim=True) + eps).rsqrt())
-    if outs.stream is not None:
-        outs.stream.copy_(v.u)
-    if outs.sum is not None:
-        outs.sum.copy_(v.s)
-    if outs.gate is not None and o.gate_weight is not None:
-        logits = F.linear(wide(outs.normed[..., : o.gate_weight.shape[1]]), o.gate_weight)
-        outs.gate.copy_(torch.sigmoid(gate_scale * logits))
-    return present(*outs)
-
-
-@residual_op.register_kernel("cuda")
-def _forward_cuda(
-    operands: Sequence[Tensor | None],
-    gate_scale: float,
-    norm_scale: float,
-    eps: float,
-    keep_sum: bool,
-    keep_stream: bool,
-) -> list[Tensor]:
-    o = Operands(*aligned(operands))
-    outs = _outputs(o, keep_sum, keep_stream)
-    with torch.cuda.device(o.x.device):
-        _native.require().residual_forward(
-            **_native.target(o.x),
-            inputs=_native_inputs(o, gate_scale, norm_scale, eps),
-            sum=address(outs.sum),
-            stream_out=address(outs.stream),
-            normed=address(outs.normed),
-            gate=address(outs.gate),
-        )
-    return present(*outs)
-
-
-@residual_op.register_fake
-def _forward_fake(
-    operands: Sequence[Tensor | None],
-    gate_scale: float,
-    norm_scale: float,
-    eps: float,
-    keep_sum: bool,
-    keep_stream: bool,
-) -> list[Tensor]:
-    return present(*_outputs(Operands(*operands), keep_sum, keep_stream))  # type: ignore[arg-type]
-
-
-# --- Backward ---------------------------------------------------------------------------------------------------------
-
-
-class _OutputGradients(NamedTuple):
-    """What the backward is given, and the forward's gate."""
-
-    sum: Tensor | None
-    stream: Tensor | None
-    normed: Tensor | None
-    gate: Tensor | None
-    x0: Tensor | None
-    opened: Tensor | None  # the gate itself
-
-
-class _Gradients(NamedTuple):
-    x: Tensor
-    branch: Tensor | None
-    skip: Tensor | None
-    x0: Tensor | None
-    parameters: Tensor | None  # all in one vector, which `Operands.sections` cuts
-
-
-def _gradients(o: Operands) -> _Gradients:
-    """Room for the gradients; a branch without branch_scale has x's."""
-    count = sum(o.sections)
-    fill = o.x.new_empty if o.x.numel() else o.x.new_zeros  # the kernels do nothing without rows
-    return _Gradients(
-        room(o.x),
-        None if o.branch_scale is None else room(o.x),
-        None if o.skip is None else room(o.x),
-        None if o.x0 is None else room(o.x),
-        fill(count, dtype=torch.promote_types(o.x.dtype, torch.float32)) if count else None,
-    )
-
-
-@torch.library.custom_op("pgolf::residual_backward", mutates_args=(), device_types="cpu")
-def residual_backward_op(
-    given: Sequence[Tensor | None],
-    operands: Sequence[Tensor | None],
-    gate_scale: float,
-    norm_scale: float,
-    eps: float,
-) -> list[Tensor]:
-    """The gradients of x and, where they are there, of branch, skip, x0, and of all parameters in one vector.
-
-    given: the six of `_OutputGradients`, None counts as zeros; the rest as in `residual_op`.
-    Written out and computed in the parameters' type, as the kernel does.
-    """
-    g, o = _OutputGradients(*given), Operands(*operands)  # type: ignore[arg-type]
-    v, outs = _values(o), _gradients(o)
-    rows = tuple(range(o.x.dim() - 1))
-    sums: list[Tensor] = []
-
-    grad = torch.zeros_like(v.u)  # of u, then of t, then of s
-    if g.stream is not None:
-        grad = grad + wide(g.stream)
-    if g.normed is not None or g.gate is not None:
-        of_n = torch.zeros_like(v.u) if g.normed is None else wide(g.normed).clone()
-        rstd = (v.u.square().mean(-1, keepdim=True) + eps).rsqrt()
-        if g.gate is not None and g.opened is not None and o.gate_weight is not None:
-            heads, window = o.gate_weight.shape
-            opened = wide(g.opened)
-            of_logits = gate_scale * wide(g.gate) * opened * (1 - opened)
-            of_n[..., :window] += of_logits @ o.gate_weight
-            normed = wide((norm_scale * rstd * v.u).to(o.x.dtype))[..., :window]
-            sums = [of_logits.reshape(-1, heads).T @ normed.reshape(-1, window)]
-        unit = v.u * rstd
-        grad = grad + norm_scale * rstd * (of_n - unit * (of_n * unit).mean(-1, keepdim=True))
-    if o.gate_weight is not None and not sums:
-        sums = [torch.zeros_like(o.gate_weight)]
-    if o.x0 is not None and o.mix is not None and outs.x0 is not None:
-        outs.x0.copy_(o.mix[1] * grad if g.x0 is None else o.mix[1] * grad + wide(g.x0))
-        sums = [(grad * v.t).sum(rows), (grad * wide(o.x0)).sum(rows), *sums]
-        grad = o.mix[0] * grad
-    if o.skip is not None and o.skip_weight is not None and o.skip_gate is not None:
-        assert v.skipped is not None and outs.skip is not None
-        keep = torch.sigmoid(o.skip_gate)
-        of_skipped = (1 - keep) * grad
-        outs.skip.copy_(of_skipped * o.skip_weight)
-        of_gate = (grad * (v.s - v.skipped)).sum(rows) * keep * (1 - keep)
-        sums = [(of_skipped * wide(o.skip)).sum(rows), of_gate, *sums]
-        grad = keep * grad
-    if g.sum is not None:
-        grad = grad + wide(g.sum)
-    if o.branch is not None and o.branch_scale is not None and outs.branch is not None:
-        outs.branch.copy_(o.branch_scale * grad)
-        sums = [(grad * wide(o.branch)).sum(rows), *sums]
-    outs.x.copy_(grad)
-    if outs.parameters is not None:
-        outs.parameters.copy_(torch.cat([part.flatten() for part in sums]))
-    return present(*outs)
-
-
-@residual_backward_op.register_kernel("cuda")
-def _backward_cuda(
-    given: Sequence[Tensor | None],
-    operands: Sequence[Tensor | None],
-    gate_scale: float,
-    norm_scale: float,
-    eps: float,
-) -> list[Tensor]:
-    module = _native.require()
-    g, o = _OutputGradients(*aligned(given)), Operands(*aligned(operands))
-    outs, dim = _gradients(o), o.x.shape[-1]
-    with torch.cuda.device(o.x.device):
-        scratch = None
-        if outs.parameters is not None:
-            count = module.residual_scratch(o.x.numel() // dim, dim, len(outs.parameters))
-            scratch = o.x.new_empty(count, dtype=torch.float32)
-        module.residual_backward(
-            **_native.target(o.x),
-            inputs=_native_inputs(o, gate_scale, norm_scale, eps),
-            gate=address(g.opened),
-            grad_sum=address(g.sum),
-            grad_stream=address(g.stream),
-            grad_normed=address(g.normed),
-            grad_gate=address(g.gate),
-            grad_x0_out=address(g.x0),
-            grad_x=address(outs.x),
-            grad_branch=address(outs.branch),
-            grad_skip=address(outs.skip),
-            grad_x0=address(outs.x0),
-            grad_parameters=address(outs.parameters),
-            scratch=address(scratch),
-        )
-    return present(*outs)
-
-
-@residual_backward_op.register_fake
-def _backward_fake(
-    given: Sequence[Tensor | None],
-    operands: Sequence[Tensor | None],
-    gate_scale: float,
-    norm_scale: float,
-    eps: float,
-) -> list[Tensor]:
-    return present(*_gradients(Operands(*operands)))  # type: ignore[arg-type]
+    if gate_weight is not None and (max(gate_weight.shape) > MAX_GATE or gate_weight.numel() > MAX_GATE_WEIGHTS):
+        return False
+    return kernel_takes(x)
 
 
 # --- Together ---------------------------------------------------------------------------------------------------------
+
+
+def _spread(found: Sequence[Tensor | None], there: Iterable[bool]) -> list[Any]:
+    """Each of `found` at its place among all, None at those that are not there."""
+    left = list(found)
+    return [left.pop(0) if is_there else None for is_there in there]
 
 
 class _Fused(torch.autograd.Function):
     """The two operators joined. Not by `register_autograd`, whose outputs cannot be inputs passed through."""
 
     @staticmethod
-    def forward(ctx: Any, gate_scale: float, norm_scale: float, eps: float, keep_sum: bool, *operands: Any) -> Any:
-        """normed and stream, then those of sum, gate and x0 that are there."""
+    def forward(
+        ctx: Any,
+        gate_scale: float,
+        norm_scale: float,
+        eps: float,
+        keep_sum: bool,
+        keep_blend: bool,
+        keep_stream: bool,
+        *operands: Any,
+    ) -> Any:
+        """Those of normed, sum, blend, stream, gate and x0 that are there."""
         o = Operands(*operands)
-        normed, *rest = residual_op(operands, gate_scale, norm_scale, eps, keep_sum, True)
-        stream = rest.pop(0) if o.changed else o.x
-        total = None
-        if keep_sum:
-            total = rest.pop(0) if o.branch is not None else o.x
-        gate = rest.pop(0) if o.gate_weight is not None else None
+        found = residual_op(operands, gate_scale, norm_scale, eps, keep_sum, keep_blend, keep_stream)
+        kept = (keep_sum, keep_blend, keep_stream)
+        made = [keep and new for keep, new in zip(kept, (o.branch is not None, o.blended, o.changed), strict=True)]
+        normed, *middle, gate = _spread(found, (True, *made, o.gate_weight is not None))
+        middle = [o.x if keep and out is None else out for keep, out in zip(kept, middle, strict=True)]
+        outputs = (normed, *middle, gate, o.x0)
         if not torch.compiler.is_compiling():  # which knows only zeros
             ctx.set_materialize_grads(False)  # no zeros of x's size for outputs that have no gradient
         ctx.save_for_backward(*present(*operands, gate))
-        ctx.there = [tensor is not None for tensor in (*operands, gate)]
+        ctx.saved = [tensor is not None for tensor in (*operands, gate)]
+        ctx.returned = [tensor is not None for tensor in outputs]
         ctx.numbers = (gate_scale, norm_scale, eps)
-        ctx.keep_sum = keep_sum
-        return tuple(present(normed, stream, total, gate, o.x0))
+        return tuple(present(*outputs))
 
     @staticmethod
-    def backward(ctx: Any, of_normed: Tensor | None, of_stream: Tensor | None, *rest: Tensor | None) -> Any:
-        saved, others = list(ctx.saved_tensors), list(rest)
-        operands: list[Any] = [saved.pop(0) if there else None for there in ctx.there]
-        gate = operands.pop()
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        *operands, gate = _spread(ctx.saved_tensors, ctx.saved)
         o = Operands(*operands)
-        of_sum = others.pop(0) if ctx.keep_sum else None
-        of_gate = others.pop(0) if gate is not None else None
-        of_x0 = others.pop(0) if o.x0 is not None else None
-        of_x, *found = residual_backward_op(
-            [of_sum, of_stream, of_normed, of_gate, of_x0, gate], operands, *ctx.numbers
-        )
-        of_branch, of_skip, of_x0 = (found.pop(0) if t is not None else None for t in (o.branch, o.skip, o.x0))
+        of_normed, of_sum, of_blend, of_stream, of_gate, of_x0 = _spread(grads, ctx.returned)
+        given = [of_sum, of_blend, of_stream, of_normed, of_gate, of_x0, gate]
+        found = residual_backward_op(given, operands, *ctx.numbers)
         sizes = o.sections
-        cut = found.pop(0).split(sizes) if found else [None] * len(sizes)
-        shapes = [None if size == 0 else part for size, part in zip(sizes, cut, strict=True)]
-        scale, skip_weight, skip_gate, mix, gate_weight = shapes
-        if mix is not None:
-            mix = mix.view(2, -1)
-        if gate_weight is not None:
-            gate_weight = gate_weight.view(o.gate_weight.shape)  # type: ignore[union-attr]
+        there = [tensor is not None for tensor in (o.x, o.branch, o.skip, o.x0)]
+        of_x, of_branch, of_skip, of_x0, parameters = _spread(found, (*there, sum(sizes) > 0))
+        cut = [None] * len(sizes) if parameters is None else parameters.split(sizes)
+        scale, skip_weight, skip_gate, mix, gate_weight = (
+            None if tensor is None else part.view(tensor.shape) for tensor, part in zip(o.parameters, cut, strict=True)
+        )
         tensors = (of_x, of_branch, scale, of_skip, skip_weight, skip_gate, of_x0, mix, gate_weight)
-        return None, None, None, None, *tensors
+        return None, None, None, None, None, None, *tensors
 
 
 def fused(
@@ -507,13 +233,19 @@ def fused(
     gate_scale: float = 1.0,
     norm_scale: float = 1.0,
     keep_sum: bool = False,
+    keep_blend: bool = False,
+    keep_stream: bool = True,
 ) -> Residual:
     """`residual` by its custom operators, which the CPU has too."""
     operands = (x, branch, branch_scale, skip, skip_weight, skip_gate, x0, mix, gate_weight)
-    normed, stream, *others = _Fused.apply(gate_scale, norm_scale, machine_epsilon(x.dtype), keep_sum, *operands)
-    total = others.pop(0) if keep_sum else None
-    gate = others.pop(0) if gate_weight is not None else None
-    return Residual(total, stream, normed, gate, others.pop(0) if x0 is not None else None)
+    own_blend = keep_blend and x0 is not None  # without x0 it is the stream
+    made_stream = keep_stream or keep_blend and not own_blend
+    kept = (keep_sum, own_blend, made_stream)
+    found = _Fused.apply(gate_scale, norm_scale, machine_epsilon(x.dtype), *kept, *operands)
+    normed, total, blend, stream, gate, x0 = _spread(found, (True, *kept, gate_weight is not None, x0 is not None))
+    if keep_blend and not own_blend:
+        blend = stream
+    return Residual(total, blend, stream if keep_stream else None, normed, gate, x0)
 
 
 class _FusedNormMean(torch.autograd.Function):
@@ -522,15 +254,14 @@ class _FusedNormMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lane0: Tensor, lane1: Tensor) -> Tensor:
         ctx.save_for_backward(lane0, lane1)
-        normed: Tensor = residual_op(Operands(lane0, lane1), 1.0, 1.0, 4 * machine_epsilon(lane0.dtype), False, False)[
-            0
-        ]
+        numbers = (1.0, 1.0, 4 * machine_epsilon(lane0.dtype))
+        (normed,) = residual_op(Operands(lane0, lane1), *numbers, False, False, False)
         return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         lane0, lane1 = ctx.saved_tensors
-        given = [None, None, grad, None, None, None]
+        given = [None, None, None, grad, None, None, None]
         (found,) = residual_backward_op(given, Operands(lane0, lane1), 1.0, 1.0, 4 * machine_epsilon(lane0.dtype))
         return found, found
 

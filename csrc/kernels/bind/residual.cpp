@@ -28,9 +28,10 @@ ResidualInputs inputs(int dtype, uintptr_t x, uintptr_t branch, uintptr_t branch
 }
 
 void residual_forward(int device, uintptr_t stream, int build, int shared_memory, const ResidualInputs& in,
-                      uintptr_t sum, uintptr_t stream_out, uintptr_t normed, uintptr_t gate) {
+                      uintptr_t sum, uintptr_t blend, uintptr_t stream_out, uintptr_t normed, uintptr_t gate) {
     const ResidualForward params{.in = in,
                                  .sum = pointer<void>(sum),
+                                 .blend = pointer<void>(blend),
                                  .stream = pointer<void>(stream_out),
                                  .normed = pointer<void>(normed),
                                  .gate = pointer<void>(gate)};
@@ -38,12 +39,14 @@ void residual_forward(int device, uintptr_t stream, int build, int shared_memory
 }
 
 void residual_backward(int device, uintptr_t stream, int build, int shared_memory, const ResidualInputs& in,
-                       uintptr_t gate, uintptr_t grad_sum, uintptr_t grad_stream, uintptr_t grad_normed,
-                       uintptr_t grad_gate, uintptr_t grad_x0_out, uintptr_t grad_x, uintptr_t grad_branch,
-                       uintptr_t grad_skip, uintptr_t grad_x0, uintptr_t grad_parameters, uintptr_t scratch) {
+                       uintptr_t gate, uintptr_t grad_sum, uintptr_t grad_blend, uintptr_t grad_stream,
+                       uintptr_t grad_normed, uintptr_t grad_gate, uintptr_t grad_x0_out, uintptr_t grad_x,
+                       uintptr_t grad_branch, uintptr_t grad_skip, uintptr_t grad_x0, uintptr_t grad_parameters,
+                       uintptr_t scratch) {
     const ResidualBackward params{.in = in,
                                   .gate = pointer<const void>(gate),
                                   .grad_sum = pointer<const void>(grad_sum),
+                                  .grad_blend = pointer<const void>(grad_blend),
                                   .grad_stream = pointer<const void>(grad_stream),
                                   .grad_normed = pointer<const void>(grad_normed),
                                   .grad_gate = pointer<const void>(grad_gate),
@@ -66,10 +69,10 @@ void bind_residual(py::module_& m) {
              "skip_weight"_a, "skip_gate"_a, "x0"_a, "mix"_a, "gate_weight"_a, "rows"_a, "dim"_a, "heads"_a, "window"_a,
              "gate_scale"_a, "norm_scale"_a, "eps"_a);
     m.def("residual_forward", &residual_forward, py::kw_only(), "device"_a, "stream"_a, "build"_a, "shared_memory"_a,
-          "inputs"_a, "sum"_a, "stream_out"_a, "normed"_a, "gate"_a);
+          "inputs"_a, "sum"_a, "blend"_a, "stream_out"_a, "normed"_a, "gate"_a);
     m.def("residual_backward", &residual_backward, py::kw_only(), "device"_a, "stream"_a, "build"_a, "shared_memory"_a,
-          "inputs"_a, "gate"_a, "grad_sum"_a, "grad_stream"_a, "grad_normed"_a, "grad_gate"_a, "grad_x0_out"_a,
-          "grad_x"_a, "grad_branch"_a, "grad_skip"_a, "grad_x0"_a, "grad_parameters"_a, "scratch"_a);
+          "inputs"_a, "gate"_a, "grad_sum"_a, "grad_blend"_a, "grad_stream"_a, "grad_normed"_a, "grad_gate"_a,
+          "grad_x0_out"_a, "grad_x"_a, "grad_branch"_a, "grad_skip"_a, "grad_x0"_a, "grad_parameters"_a, "scratch"_a);
     m.def("residual_scratch", &generic::residual_scratch, "rows"_a, "dim"_a, "parameters"_a,
           "floats of scratch on the current device");
 }

@@ -35,13 +35,16 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks)
     for (int64_t row = walk.first; row < in.rows; row += walk.step) {
         wait_copies<kStages - 1>();
         Values v;
-        compute_values<V>(slots, stage, vectors, walk.thread, v);
+        compute_values<V>(slots, stage, vectors, walk.thread, in, v);
         fetch(stage, row + kStages * walk.step);
 
         const int64_t offset = row * in.dim + walk.column;
         if (walk.active) {
             if constexpr (V::kHasBranch) {
                 if (p.sum != nullptr) store_columns<T>(p.sum, offset, v.s);
+            }
+            if constexpr (V::kHasBranch || V::kHasSkip) {
+                if (p.blend != nullptr) store_columns<T>(p.blend, offset, v.t);
             }
             if constexpr (V::kChanges) {
                 if (p.stream != nullptr) store_columns<T>(p.stream, offset, v.u);
@@ -51,7 +54,7 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks)
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) squares[i % 2] = fmaf(v.u[i], v.u[i], squares[i % 2]);
         const float2 sum = row_sums(squares[0], squares[1], walk, &sums[stage][walk.group * walk.warps()]);
-        const float scale = in.norm_scale * rsqrtf(fmaf(sum.x + sum.y, inverse_dim, in.eps));
+        const float scale = in.norm_scale * inverse_root(fmaf(sum.x + sum.y, inverse_dim, in.eps));
         float n[kColumns];
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) n[i] = scale * v.u[i];

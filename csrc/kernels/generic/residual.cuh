@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 
+#include <cmath>
 #include <type_traits>
 
 #include "generic/rows.cuh"
@@ -23,11 +24,11 @@ struct Variant {
     static constexpr int kVectors = kBranch + 2 * kSkip + 2 * kMix;
 };
 
-// The gradients among a variant's tensors.
-template <typename V>
+// The gradients among a variant's tensors, that of the blend where kBlend.
+template <typename V, bool kBlend>
 struct Gradients {
     static constexpr int kSum = V::kTensors, kStream = kSum + 1, kNormed = kSum + 2, kX0 = kSum + 3;
-    static constexpr int kTensors = kSum + 3 + V::kHasMix;
+    static constexpr int kBlendAt = kX0 + V::kHasMix, kTensors = kBlendAt + kBlend;
 };
 
 // One row's values in a thread's columns, as far as the variant has them.
@@ -36,7 +37,21 @@ struct Values {
     float t[kColumns], x0[kColumns], u[kColumns];
 };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// What the sum 1 + exp(-|x|) loses is given back: near 1, where the slope is a small difference, its gradient shows it.
+__device__ __forceinline__ float sigmoid(float x) {
+    const float e = expf(-fabsf(x));
+    const float sum = 1.0f + e;
+    const float lost = e - (sum - 1.0f);
+    const float y = 1.0f / sum;
+    const float above = fmaf(-lost * y, y, y);
+    return x < 0.0f ? e * above : above;
+}
+
+// 1 / sqrt(x), with a Newton step: the error of rsqrtf alone would be a whole row's.
+__device__ __forceinline__ float inverse_root(float x) {
+    const float y = rsqrtf(x);
+    return x < INFINITY ? fmaf(0.5f * y, fmaf(-x * y, y, 1.0f), y) : y;
+}
 
 template <typename V>
 __device__ __forceinline__ void fill_vectors(const RowVectors& vectors, const ResidualInputs& in) {
@@ -64,7 +79,7 @@ __device__ __forceinline__ void fetch_inputs(const Slots& slots, int stage, cons
 // s to u of a row that has arrived.
 template <typename V, typename Slots>
 __device__ __forceinline__ void compute_values(const Slots& slots, int stage, const RowVectors& vectors, int thread,
-                                               Values& v) {
+                                               const ResidualInputs& in, Values& v) {
     slots.read(stage, V::kX, v.s);
     if constexpr (V::kHasBranch) {
         float branch[kColumns], scale[kColumns];
@@ -82,7 +97,7 @@ __device__ __forceinline__ void compute_values(const Slots& slots, int stage, co
         vectors.read(V::kGate, thread, gate);
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-            v.skipped[i] *= weight[i];
+            v.skipped[i] = weight[i] * (in.skip != nullptr ? v.skipped[i] : v.s[i]);
             // As torch.lerp has it, from the nearer end: exact at both, and infinite where that is.
             const bool near = gate[i] < 0.5f;
             v.t[i] = fmaf(near ? gate[i] : gate[i] - 1.0f, v.s[i] - v.skipped[i], near ? v.skipped[i] : v.s[i]);
@@ -128,7 +143,7 @@ template <typename Function>
 void with_variant(const ResidualInputs& in, Function function) {
     const auto flag = [](bool value, auto next) { value ? next(std::true_type{}) : next(std::false_type{}); };
     flag(in.branch != nullptr, [&](auto branch) {
-        flag(in.skip != nullptr, [&](auto skip) {
+        flag(in.skip_weight != nullptr, [&](auto skip) {
             flag(in.x0 != nullptr, [&](auto mix) { function(Variant<branch.value, skip.value, mix.value>{}); });
         });
     });

@@ -4,8 +4,8 @@
 // With n = norm_scale * r * u, r = 1 / sqrt(mean(u^2) + eps), and gradients written d(.):
 //   dlogit[h] = gate_scale * dg[h] * g[h] * (1 - g[h]);  dn += dlogit gate_weight, on the first `window` columns
 //   du = d(stream) + norm_scale * r * (dn - u * r^2 * mean(dn * u))
-//   dt = mix[0] * du;  d(x0) = d(x0 out) + mix[1] * du
-//   ds = gate * dt + d(sum);  d(skip) = (1 - gate) * skip_weight * dt
+//   dt = mix[0] * du + d(blend);  d(x0) = d(x0 out) + mix[1] * du
+//   ds = gate * dt + d(sum);  d(skip) = (1 - gate) * skip_weight * dt, a part of ds where skip is s
 //   dx = ds;  d(branch) = branch_scale * ds
 #include "common/check.h"
 #include "generic/residual.cuh"
@@ -14,10 +14,10 @@ namespace pgolf::generic {
 namespace {
 
 // A multiprocessor, what the registers of a variant allow.
-template <typename T, typename V>
-constexpr int kBlocks = V::kVectors < 2                ? 5
-                        : V::kHasSkip || sizeof(T) > 2 ? 3
-                                                       : 4;
+template <typename T, typename V, bool kBlend>
+constexpr int kBlocks = V::kVectors < 2                          ? 5
+                        : V::kHasSkip || kBlend || sizeof(T) > 2 ? 3
+                                                                 : 4;
 constexpr int kMostBlocks = 5;
 
 // The gate's part of shared memory; a group's sums have `padded` columns a head, a power of two.
@@ -76,13 +76,13 @@ __device__ __forceinline__ void add_gate_weight_gradient(const ResidualInputs& i
     __syncwarp();
 }
 
-template <typename T, typename V>
-__global__ void __launch_bounds__(kRowThreads, kBlocks<T, V>)
+template <typename T, typename V, bool kBlend>
+__global__ void __launch_bounds__(kRowThreads, kBlocks<T, V, kBlend>)
     residual_backward_kernel(const ResidualBackward p, int row_threads, int log_padded, int sums_stride,
                              float inverse_dim) {
     extern __shared__ uint4 shared[];
     __shared__ float2 sums[kStages][kRowThreads / kWarpSize];
-    using G = Gradients<V>;
+    using G = Gradients<V, kBlend>;
     using Slots = RowSlots<T, G::kTensors>;
     const ResidualInputs& in = p.in;
     const RowWalk walk(in.dim, row_threads);
@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks<T, V>)
             slots.fetch(stage, G::kStream, p.grad_stream, offset, walk.active);
             slots.fetch(stage, G::kNormed, p.grad_normed, offset, walk.active);
             if constexpr (V::kHasMix) slots.fetch(stage, G::kX0, p.grad_x0_out, offset, walk.active);
+            if constexpr (kBlend) slots.fetch(stage, G::kBlendAt, p.grad_blend, offset, walk.active);
         }
         commit_copies();  // also when empty: the waits count groups
     };
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks<T, V>)
     for (int64_t row = walk.first; row < in.rows; row += walk.step) {
         wait_copies<kStages - 1>();
         float dlogit = 0.0f;
-        if (has_head) dlogit = in.gate_scale * next_grad * next_gate * (1.0f - next_gate);
+        if (has_head) dlogit = in.gate_scale * next_grad * fmaf(-next_gate, next_gate, next_gate);
         fetch_gate(row + walk.step);
 
         float dn[kColumns];
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks<T, V>)
         if (has_norm) {
             if (has_gate && walk.thread < kWarpSize) add_gate_gradient(in, gate, dlogit, walk.thread, dn);
             Values v;
-            compute_values<V>(slots, stage, vectors, walk.thread, v);
+            compute_values<V>(slots, stage, vectors, walk.thread, in, v);
             float square = 0.0f, dot = 0.0f;
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
@@ -148,15 +149,15 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks<T, V>)
                 dot = fmaf(dn[i], v.u[i], dot);
             }
             const float2 total = row_sums(square, dot, walk, &sums[stage][walk.group * walk.warps()]);
-            const float r = rsqrtf(fmaf(total.x, inverse_dim, in.eps));
+            const float r = inverse_root(fmaf(total.x, inverse_dim, in.eps));
             scale = in.norm_scale * r;
             of_u = -scale * (total.y * inverse_dim) * r * r;
         }
 
         const int64_t offset = row * in.dim + walk.column;
         Values v;
-        compute_values<V>(slots, stage, vectors, walk.thread, v);  // again, to hold fewer values across the sums
-        float grad[kColumns];                                      // of u, then of t, then of s
+        compute_values<V>(slots, stage, vectors, walk.thread, in, v);  // again, to hold fewer values across the sums
+        float grad[kColumns];                                          // of u, then of t, then of s
         slots.read(stage, G::kStream, grad);
         if (has_norm) {
 #pragma unroll
@@ -182,7 +183,14 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks<T, V>)
                 grad[i] *= mix[i];
             }
         }
+        if constexpr (kBlend) {
+            float of_blend[kColumns];
+            slots.read(stage, G::kBlendAt, of_blend);
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) grad[i] += of_blend[i];
+        }
         if constexpr (V::kHasSkip) {
+            const bool is_stream = in.skip == nullptr;
             float weight[kColumns], keep[kColumns], skip[kColumns], of_skip[kColumns];
             slots.read(stage, V::kSkipAt, skip);
             vectors.read(V::kWeight, walk.thread, weight);
@@ -190,12 +198,12 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks<T, V>)
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
                 const float of_skipped = (1.0f - keep[i]) * grad[i];
-                sum[V::kWeight][i] = fmaf(of_skipped, skip[i], sum[V::kWeight][i]);
+                sum[V::kWeight][i] = fmaf(of_skipped, is_stream ? v.s[i] : skip[i], sum[V::kWeight][i]);
                 sum[V::kGate][i] = fmaf(grad[i], v.s[i] - v.skipped[i], sum[V::kGate][i]);
                 of_skip[i] = of_skipped * weight[i];
-                grad[i] *= keep[i];
+                grad[i] = fmaf(keep[i], grad[i], is_stream ? of_skip[i] : 0.0f);
             }
-            if (walk.active) store_columns<T>(p.grad_skip, offset, of_skip);
+            if (walk.active && !is_stream) store_columns<T>(p.grad_skip, offset, of_skip);
         }
         float of_sum[kColumns];
         slots.read(stage, G::kSum, of_sum);
@@ -241,10 +249,10 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks<T, V>)
     }
 }
 
-template <typename T, typename V>
+template <typename T, typename V, bool kBlend>
 void launch(const ResidualBackward& p, const Target& target) {
     const ResidualInputs& in = p.in;
-    using Slots = RowSlots<T, Gradients<V>::kTensors>;
+    using Slots = RowSlots<T, Gradients<V, kBlend>::kTensors>;
     static_assert(Slots::kBytes >= V::kVectors * kRowThreads * kColumns * sizeof(float), "write_column_sums");
     const int threads = row_threads(in.dim);
     const int groups = kRowThreads / threads;
@@ -254,9 +262,9 @@ void launch(const ResidualBackward& p, const Target& target) {
     const int gate_floats = has_gate ? GateShared::floats(groups, in.heads, in.window, log_padded) : 0;
     const int bytes =
         Slots::kBytes + RowVectors::bytes(V::kVectors, threads) + gate_floats * static_cast<int>(sizeof(float));
-    const auto kernel = residual_backward_kernel<T, V>;
+    const auto kernel = residual_backward_kernel<T, V, kBlend>;
     allow_shared(kernel, bytes, target, "residual_backward");
-    const int blocks = row_blocks(in.rows, in.dim, kBlocks<T, V>);
+    const int blocks = row_blocks(in.rows, in.dim, kBlocks<T, V, kBlend>);
     const int parameters = residual_parameters(V::kHasBranch, V::kHasSkip, V::kHasMix, in.dim, in.heads, in.window);
     kernel<<<blocks, kRowThreads, bytes, target.stream>>>(p, threads, log_padded, sums_stride(parameters),
                                                           1.0f / static_cast<float>(in.dim));
@@ -274,7 +282,14 @@ int64_t residual_scratch(int64_t rows, int dim, int parameters) {
 void residual_backward(const ResidualBackward& params, const Target& target) {
     if (params.in.rows == 0) return;  // an empty grid is an error to CUDA
     with_type(params.in.dtype, "residual_backward", [&](auto type) {
-        with_variant(params.in, [&](auto variant) { launch<decltype(type), decltype(variant)>(params, target); });
+        with_variant(params.in, [&](auto variant) {
+            using T = decltype(type);
+            using V = decltype(variant);
+            if constexpr (V::kHasMix) {
+                if (params.grad_blend != nullptr) return launch<T, V, true>(params, target);
+            }
+            launch<T, V, false>(params, target);
+        });
     });
 }
 

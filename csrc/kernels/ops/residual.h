@@ -7,7 +7,7 @@ namespace pgolf {
 
 // For each row, with what is null left out:
 //   s = x + branch_scale * branch
-//   t = skip_weight * skip + sigmoid(skip_gate) * (s - skip_weight * skip)
+//   t = skip_weight * skip + sigmoid(skip_gate) * (s - skip_weight * skip), skip = s where it is null beside a weight
 //   u = mix[0] * t + mix[1] * x0
 //   n = norm_scale * u / sqrt(mean(u^2) + eps)
 //   g[h] = sigmoid(gate_scale * sum over c < window of n[c] * gate_weight[h, c]), n as rounded to `dtype`
@@ -19,19 +19,20 @@ struct ResidualInputs {
     const void* skip;           // likewise
     const void* x0;             // likewise
     const float* branch_scale;  // [dim]; null: ones
-    const float* skip_weight;   // [dim], as skip_gate there where `skip` is
-    const float* skip_gate;     // [dim]
+    const float* skip_weight;   // [dim] or null
+    const float* skip_gate;     // [dim], there where skip_weight is
     const float* mix;           // [2, dim], there where x0 is
     const float* gate_weight;   // [heads, window] or null
     int64_t rows;
     int dim;            // a multiple of 8, at most kResidualMaxDim
-    int heads, window;  // at most kResidualMaxGate; window <= dim
+    int heads, window;  // at most kResidualMaxGate, their product at most kResidualMaxGateWeights; window <= dim
     float gate_scale, norm_scale, eps;
 };
 
 struct ResidualForward {
     ResidualInputs in;
     void* sum;     // s [rows, dim] or null
+    void* blend;   // t [rows, dim] or null
     void* stream;  // u [rows, dim] or null
     void* normed;  // n [rows, dim]
     void* gate;    // g [rows, heads], there where gate_weight is
@@ -41,7 +42,8 @@ struct ResidualForward {
 struct ResidualBackward {
     ResidualInputs in;
     const void* gate;         // g [rows, heads], there where grad_gate is
-    const void* grad_sum;     // [rows, dim], as the next two
+    const void* grad_sum;     // [rows, dim], as the next three
+    const void* grad_blend;   // of t; null without x0, where t is u
     const void* grad_stream;  // of u
     const void* grad_normed;  // of n
     const void* grad_gate;    // [rows, heads], of g
@@ -56,6 +58,7 @@ struct ResidualBackward {
 
 constexpr int kResidualMaxDim = 1024;
 constexpr int kResidualMaxGate = 32;
+constexpr int kResidualMaxGateWeights = 512;  // so that shared memory of 99 KiB has room for all else
 
 // What grad_parameters holds, one after the other: of branch_scale, skip_weight, skip_gate, mix and gate_weight, those
 // that are there (branch_scale where `branch` is).

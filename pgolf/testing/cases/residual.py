@@ -16,13 +16,14 @@ SHAPES: tuple[Shape, ...] = (
     (2, 24, 3, 24),
     (7, 512, 8, 12),
     (65, 504, 8, 12),
-    (37, 256, 32, 32),
-    (130, 264, 3, 7),
+    (37, 256, 32, 16),
+    (130, 264, 16, 32),
     (9, 1000, 5, 9),
     (6, 1024, 8, 12),
     (5, 20, 2, 3),  # widths without a kernel
     (3, 1040, 2, 3),
     (2, 64, 33, 4),
+    (2, 64, 32, 17),
     (3000, 512, 8, 12),  # several rows a group of warps on any GPU
 )
 LARGE: Shape = (98304, 512, 8, 12)
@@ -34,7 +35,17 @@ PARTS = {
     "mix": ("branch", "x0", "gate"),
     "keep": ("branch", "x0", "gate"),
     "skip": ("branch", "skip", "x0", "gate"),
+    "self_skip": ("branch", "self_skip", "x0", "gate"),
+    "first_lanes": ("branch", "skip", "x0", "gate"),
+    "lanes": ("skip", "x0", "gate"),
     "norm": (),
+}
+# What a variant returns beside the normed, the gate and x0; others keep the stream.
+KEPT: dict[str, dict[str, bool]] = {
+    "keep": {"keep_sum": True},
+    "first_lanes": {"keep_sum": True, "keep_blend": True, "keep_stream": False},
+    "lanes": {"keep_blend": True, "keep_stream": False},
+    "norm": {"keep_stream": False},
 }
 
 
@@ -63,7 +74,9 @@ def _make(parts: tuple[str, ...]) -> Any:
         if "branch" in parts:
             arguments += [draw.activation(rows, dim), draw.parameter(dim, mean=1.0)]
         if "skip" in parts:
-            arguments += [draw.activation(rows, dim), draw.parameter(dim, mean=1.0), draw.parameter(dim)]
+            arguments += [draw.activation(rows, dim)]
+        if "skip" in parts or "self_skip" in parts:
+            arguments += [draw.parameter(dim, mean=1.0), draw.parameter(dim)]
         if "x0" in parts:
             arguments += [draw.activation(rows, dim), draw.parameter(2, dim)]
         if "gate" in parts:
@@ -78,6 +91,7 @@ def _named(parts: tuple[str, ...], arguments: tuple[Tensor, ...]) -> dict[str, T
     of_part = {
         "branch": ("branch", "branch_scale"),
         "skip": ("skip", "skip_weight", "skip_gate"),
+        "self_skip": ("skip_weight", "skip_gate"),
         "x0": ("x0", "mix"),
         "gate": ("gate_weight",),
     }
@@ -90,9 +104,8 @@ def _function(variant: str, function: Function) -> Function:
 
     def call(*arguments: Tensor) -> tuple[Tensor, ...]:
         named = _named(PARTS[variant], arguments)
-        found = function(**named, gate_scale=GATE_SCALE, norm_scale=NORM_SCALE, keep_sum=variant == "keep")
-        results = (found.normed,) if variant == "norm" else found  # there the stream is x
-        return tuple(result for result in results if result is not None)
+        found = function(**named, gate_scale=GATE_SCALE, norm_scale=NORM_SCALE, **KEPT.get(variant, {}))
+        return tuple(result for result in found if result is not None)
 
     return call
 
@@ -106,10 +119,16 @@ def _norm_mean(lane0: Tensor, lane1: Tensor) -> Tensor:
     return residual.norm_mean(lane0, lane1) if lane0.is_cuda else residual.fused_norm_mean(lane0, lane1)
 
 
+def _kept(variant: str) -> int:
+    """How many of sum, blend and stream are results."""
+    kept = {"keep_stream": True, **KEPT.get(variant, {})}
+    return sum(kept.values())
+
+
 def _forward_bytes(variant: str) -> Any:
-    """Every operand read once, the stream (where it is not x), the normed, the sum and the gate written."""
+    """Every operand read once, the normed, what is kept and the gate written."""
     parts = PARTS[variant]
-    written = 1 + bool(parts) + (variant == "keep")
+    written = 1 + _kept(variant)
 
     def count(arguments: Arguments) -> int:
         x = arguments[0]
@@ -122,8 +141,7 @@ def _forward_bytes(variant: str) -> Any:
 def _backward_bytes(variant: str) -> Any:
     """Operands and gradients of results read, gradients of operands written; the gate and its gradient are read."""
     parts = PARTS[variant]
-    # Results: stream, normed, and x0 passed through. The stream of "norm" is x, which takes no part.
-    results = 1 + bool(parts) + ("x0" in parts) + (variant == "keep")
+    results = 1 + _kept(variant) + ("x0" in parts)  # the normed, what is kept, and x0 passed through
 
     def count(arguments: Arguments) -> int:
         x = arguments[0]
