@@ -7,6 +7,8 @@
 //   dt = mix[0] * du + d(blend);  d(x0) = d(x0 out) + mix[1] * du
 //   ds = gate * dt + d(sum);  d(skip) = (1 - gate) * skip_weight * dt, a part of ds where skip is s
 //   dx = ds;  d(branch) = branch_scale * ds
+#include <algorithm>
+
 #include "common/check.h"
 #include "generic/residual.cuh"
 
@@ -19,6 +21,14 @@ constexpr int kBlocks = V::kVectors < 2                          ? 5
                         : V::kHasSkip || kBlend || sizeof(T) > 2 ? 3
                                                                  : 4;
 constexpr int kMostBlocks = 5;
+
+// For sm_100 the compiler needs a few registers more: a block less, where four would have it spill.
+template <typename T, typename V, bool kBlend>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 10 == 100
+constexpr int kBound = std::min(kBlocks<T, V, kBlend>, V::kHasMix ? 3 : kMostBlocks);
+#else
+constexpr int kBound = kBlocks<T, V, kBlend>;
+#endif
 
 // The gate's part of shared memory; a group's sums have `padded` columns a head, a power of two.
 struct GateShared {
@@ -77,7 +87,7 @@ __device__ __forceinline__ void add_gate_weight_gradient(const ResidualInputs& i
 }
 
 template <typename T, typename V, bool kBlend>
-__global__ void __launch_bounds__(kRowThreads, kBlocks<T, V, kBlend>)
+__global__ void __launch_bounds__(kRowThreads, kBound<T, V, kBlend>)
     residual_backward_kernel(const ResidualBackward p, int row_threads, int log_padded, int sums_stride,
                              float inverse_dim) {
     extern __shared__ uint4 shared[];
