@@ -153,7 +153,7 @@ class TrainConfig:
 class QuantizeConfig:
     """Quantization (recipe section 4)."""
 
-    mode: str = option("trellis", "trellis: trellis-coded levels that fill a budget; record: rounding as published")
+    mode: str = option("record", "record: rounding as published; trellis: trellis-coded levels that fill a budget")
     budget: int = option(
         0, "bytes of weights and code to fill (0: trellis 16,000,000; record: as many as its clips make)"
     )

@@ -415,7 +415,7 @@ def test_calibration_batches(monkeypatch):
         monkeypatch.setattr(pipeline.parallel, "world_size", lambda ranks=ranks: ranks)
         assert pipeline.calibration_batches(config.QuantizeConfig(mode=mode)) == count
         assert pipeline.calibration_batches(config.QuantizeConfig(mode=mode, calibration_batches=5)) == 5
-    assert pipeline.calibration_batches(config.QuantizeConfig(calibration="rank0")) == 64
+    assert pipeline.calibration_batches(config.QuantizeConfig(mode="trellis", calibration="rank0")) == 64
 
 
 def test_note_merges(tmp_path):
