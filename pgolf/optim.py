@@ -71,7 +71,7 @@ class Optimizer:
             shares = {name: wait() for name, wait in pending.items()}
             self._clip([*shares.values(), *rest], self._square_norms(list(shares.values()), rest, sharded=True))
         gathered = []
-        for name, bank in self.banks.items():  # one bank is updated while others travel
+        for name, bank in self.banks.items():  # those already updated travel back meanwhile
             share = shares[name] if shares else pending[name]()
             weight = parallel.cut(bank.data)
             decay = config.muon_weight_decay
