@@ -4,7 +4,7 @@ All integers are little-endian. Equal content gives equal bytes on every machine
 
     offset  size
     0       8     magic: 89 50 47 4F 4C 46 0D 0A
-    8       4     version (2)
+    8       4     version (3)
     12      4     T, bytes of the coded table
     16      4     bytes of the table once decoded
     20      8     bytes of the whole file
@@ -106,10 +106,17 @@ def save(
     return len(data)
 
 
-def pack(state: dict[str, Array], metadata: dict[str, Any], source: bytes = b"", threads: int | None = None) -> bytes:
+def pack(
+    state: dict[str, Array],
+    metadata: dict[str, Any],
+    source: bytes = b"",
+    threads: int | None = None,
+    levels: bytes | None = None,
+) -> bytes:
     """An artifact's bytes.
 
-    `state` maps names to arrays of the types in `DTYPES`, any shapes; `metadata` must be JSON without NaN.
+    `state` maps names to arrays of the types in `DTYPES`, any shapes; `metadata` must be JSON without NaN. `levels` is
+    an artifact with the same NAME.q: their sections, nearly all of the work, are copied from it.
     Raises ArtifactError for content that does not fit.
     """
     for name, array in state.items():
@@ -120,8 +127,14 @@ def pack(state: dict[str, Array], metadata: dict[str, Any], source: bytes = b"",
     if sum(entry.nbytes for entry in entries) + len(source) > LIMIT:
         raise ArtifactError(f"the arrays and source exceed the {LIMIT:,} bytes that an artifact may hold")
     matrices, plains = _plan(entries)
-    groups = [[state[entry.name] for entry in group] for group in matrices.values()]
-    sections = list(zip(matrices, codec.encode_groups(groups, threads), strict=True))
+    if levels is None:
+        groups = [[state[entry.name] for entry in group] for group in matrices.values()]
+        sections = list(zip(matrices, codec.encode_groups(groups, threads), strict=True))
+    else:
+        known, _, places = _parse(levels, "the artifact to take levels from")
+        if _plan(known)[0] != matrices:
+            raise ArtifactError("the artifact to take levels from holds other matrices")
+        sections = [(name, levels[slice(*places[name])]) for name in matrices]
     for dtype, group in plains.items():
         sections.append((dtype, codec.encode_bytes(_to_planes([state[entry.name] for entry in group], dtype))))
     sections.append(("source", codec.encode_bytes(source)))
@@ -231,6 +244,11 @@ def _read(path: str | Path) -> tuple[bytes, list[_Entry], dict[str, Any], dict[s
         data = Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    return data, *_parse(data, path)
+
+
+def _parse(data: bytes, path: str | Path) -> tuple[list[_Entry], dict[str, Any], dict[str, tuple[int, int]]]:
+    """What the bytes of an artifact claim, checked: arrays, table, and where each section starts and ends."""
     if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
         raise ArtifactError(f"{path} is not a pgolf model; write one with `pgolf quantize`")
     if len(data) < _HEADER.size + _DIGEST:
@@ -255,7 +273,7 @@ def _read(path: str | Path) -> tuple[bytes, list[_Entry], dict[str, Any], dict[s
         entries, places = _check_table(table, start, end)
     except ArtifactError as error:
         raise ArtifactError(f"{path} has a bad table: {error}") from error
-    return data, entries, table, places
+    return entries, table, places
 
 
 def _check_table(table: Any, start: int, end: int) -> tuple[list[_Entry], dict[str, tuple[int, int]]]:

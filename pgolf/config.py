@@ -153,7 +153,7 @@ class TrainConfig:
 class QuantizeConfig:
     """Quantization (recipe section 4)."""
 
-    mode: str = option("record", "record: rounding as published; trellis: trellis-coded levels that fill a budget")
+    mode: str = option("trellis", "record: rounding as published; trellis: trellis-coded levels that fill a budget")
     budget: int = option(
         0, "bytes of weights and code to fill (0: trellis 16,000,000; record: as many as its clips make)"
     )
@@ -165,6 +165,8 @@ class QuantizeConfig:
     sensitivity_tokens: int = option(
         16_384, "trellis: tokens of each calibration batch that the loss's gradients are taken of (0: none)"
     )
+    tune_steps: int = option(40, "trellis: steps of training of scales and gains through the frozen levels (0: none)")
+    tune_lr: float = option(1e-3, "trellis: learning rate of those steps")
     calibration_batches: int = option(
         0,
         "micro-batches of training data behind the Hessians, a rank (0: record 16; trellis 16, but 64 over all ranks)",
@@ -200,7 +202,7 @@ class QuantizeConfig:
         for name in ("block", "awq_group_size", "lqer_group"):
             require(getattr(self, name) > 0, f"quantize.{name} must be positive, got {getattr(self, name)}")
         sizes = ("budget", "sensitivity_tokens", "calibration_batches", "passthrough", "awq_groups", "lqer_rank")
-        for name in (*sizes, "lqer_top", "damping"):
+        for name in (*sizes, "lqer_top", "damping", "tune_steps", "tune_lr"):
             require(getattr(self, name) >= 0, f"quantize.{name} must not be negative, got {getattr(self, name)}")
 
 

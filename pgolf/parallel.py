@@ -68,6 +68,13 @@ def mean_(tensors: list[torch.Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
+def broadcast_(tensors: list[torch.Tensor]) -> None:
+    """Give every rank rank 0's tensors, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 def agree(elapsed: float, stop_now: bool, device: torch.device) -> tuple[float, bool]:
     """Rank 0's elapsed seconds, and whether any rank wants to stop."""
     if world_size() == 1:

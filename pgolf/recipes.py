@@ -9,15 +9,14 @@ from pgolf.errors import PgolfError
 
 def record() -> Config:
     """The record: 8 GPUs, 600 s of training, every constant as published."""
-    return Config(recipe="record")
+    return Config(recipe="record", quantize=QuantizeConfig(mode="record"))
 
 
 def duel() -> Config:
-    """The record's constants on one GPU for 300 s, in steps of 196,608 tokens; its clips are scaled to fit the cap."""
+    """The record's constants on one GPU for 300 s, in steps of 196,608 tokens; quantized in trellis form to the cap."""
     return Config(
         recipe="duel",
         train=TrainConfig(seconds=300.0, reserve_seconds=0.0, step_tokens=196608, muon_momentum_steps=300),
-        quantize=QuantizeConfig(budget=16_000_000),
         ttt=TTTConfig(prefix_docs=200),
     )
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from pgolf.errors import PgolfError
 
 TRIES = 8  # most solves in search of a budget; three usually do
-SLACK = 1600  # a budget counts as filled to 1 part in so many: 10,000 of 16,000,000 bytes
-LEAST_SLACK, MOST_SLACK = 512, 10_000  # bytes; sizes of small models jump by a hundred
+SLACK = 2000  # a budget counts as filled to 1 part in so many: 8,000 of 16,000,000 bytes
+LEAST_SLACK, MOST_SLACK = 512, 8_000  # bytes; sizes of small models jump by a hundred
 
 State = dict[str, NDArray[Any]]
 
@@ -33,12 +33,19 @@ class Search:
     `model(octaves)` estimates the size but for `fixed` bytes; the tries correct both. `bounds` are the finest and the
     coarsest factor. Ask `next` for a factor to try, `tell` what it gave; `next` gives None at the end. `outcome` then
     says "filled", or "finest" when the smallest steps leave room, or "closest" when the tries ran out; PgolfError when
-    even the largest steps are too large.
+    even the largest steps are too large. Of the budget `room` bytes are left free.
     """
 
-    def __init__(self, model: Callable[[float], float], fixed: float, bounds: tuple[float, float], budget: int) -> None:
-        self.model, self.fixed, self.bounds = model, fixed, bounds
-        self.low, self.high = window(budget)
+    def __init__(
+        self,
+        model: Callable[[float], float],
+        fixed: float,
+        bounds: tuple[float, float],
+        budget: int,
+        room: int = 0,
+    ) -> None:
+        self.model, self.fixed, self.bounds, self.budget = model, fixed, bounds, budget
+        self.low, self.high = window(budget - room)
         self.tries: list[Try] = []
         self.outcome = "closest"
 
@@ -70,7 +77,7 @@ class Search:
         if over >= coarsest:
             least = min(one.size for one in self.tries)
             raise PgolfError(
-                f"even the coarsest steps make {least:,.0f} bytes, the budget is {self.high:,.0f}; "
+                f"even the coarsest steps make {least:,.0f} bytes, the budget is {self.budget:,.0f}; "
                 "raise quantize.budget or train a smaller model"
             )
         if len(self.tries) >= TRIES:  # nothing fits yet: step back faster and faster, and at last to the end

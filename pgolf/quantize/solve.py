@@ -142,6 +142,7 @@ def quantize_trellis(
     budget: int,
     pack: Callable[[dict[str, np.ndarray]], bytes],
     progress: Progress | None = None,
+    room: int = 0,
 ) -> Fitted:
     """Quantize a whole model in trellis form, its steps as fine as `budget` allows (`quantize.mode=trellis`).
 
@@ -152,6 +153,7 @@ def quantize_trellis(
         budget: bytes that the artifact may have, code included.
         pack: the bytes of a state's artifact. The state returned is the largest that was found to fit.
         progress: called after each solve of the whole model, as a part of those thought necessary.
+        room: bytes of the budget to leave free.
 
     Returns:
         The state holds NAME.q int8 [rows, cols], NAME.scale fp16 [rows] and, with `config.column_steps`, NAME.step int8
@@ -172,7 +174,11 @@ def quantize_trellis(
             small |= _arrays(name, _small(name, weight)[0])
     fixed = sum(array.nbytes for array in small.values())
     search = Search(
-        lambda octaves: sum(one.bits(octaves) for one in plans.values()) / 8, fixed, allocate.bounds(plans), budget
+        lambda octaves: sum(one.bits(octaves) for one in plans.values()) / 8,
+        fixed,
+        allocate.bounds(plans),
+        budget,
+        room,
     )
 
     def solve(octaves: float) -> dict[str, np.ndarray]:
