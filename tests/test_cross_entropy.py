@@ -74,6 +74,23 @@ def test_only_the_loss_is_differentiable() -> None:
     assert not token_losses(h, weight, targets, 30.0, 30.0).requires_grad
 
 
+def check_frozen_weight(device: torch.device, function: Callable[..., Tensor]) -> None:
+    """A weight that needs no gradient: none is made, and h's stays the same."""
+    h, weight, targets = inputs(device)
+    grad_h, _ = torch.autograd.grad(function(h.requires_grad_(), weight.requires_grad_(), targets), (h, weight))
+    loss = function(h, weight.detach(), targets)
+    check_equal("gradient of h", torch.autograd.grad(loss, h)[0], grad_h)
+    assert cross_entropy_op(h, weight.detach(), targets, 30.0, "mean", False)[3].shape == (0, h.shape[1])
+
+
+def test_frozen_weight() -> None:
+    def by_operator(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy_op(h, weight, targets, 30.0, "mean", weight.requires_grad)[0]
+
+    check_frozen_weight(CPU, by_operator)
+    torch.library.opcheck(cross_entropy_op, (*inputs(CPU, rows=5), 30.0, "mean", False))
+
+
 def test_target_out_of_range_is_an_error() -> None:
     h, weight, targets = inputs(CPU)
     targets[7] = len(weight)
@@ -270,6 +287,11 @@ def test_memory_stays_below_half_of_the_logits(gpu: torch.device) -> None:
     torch.cuda.reset_peak_memory_stats()
     cross_entropy(h, weight, targets).backward()
     assert torch.cuda.max_memory_allocated() - before < rows * vocab * 4 / 2
+
+
+@pytest.mark.gpu
+def test_kernels_leave_a_frozen_weight_out(gpu: torch.device) -> None:
+    check_frozen_weight(gpu, cross_entropy)
 
 
 @pytest.mark.gpu

@@ -124,6 +124,26 @@ def test_gradients_of_some_arguments(needed: tuple) -> None:
     torch.testing.assert_close(gradients, [t.grad for t in arguments])
 
 
+@pytest.mark.parametrize(
+    ("needed", "kept"),
+    [
+        ("x", ["down", "hidden", "signs", "up"]),
+        ("up", ["down", "hidden", "signs", "x"]),
+        ("down", ["hidden"]),
+        ("x up down", ["down", "hidden", "signs", "up", "x"]),
+    ],
+)
+def test_keeps_only_what_the_needed_gradients_are_made_of(needed: str, kept: list) -> None:
+    named = dict(zip(("x", "up", "down"), (torch.randn(4, 8), *weights(8, 128)), strict=True))
+    for name, tensor in named.items():
+        tensor.requires_grad_(name in needed.split())
+    shapes = {(4, 8): "x", (128, 8): "up", (8, 128): "down", (4, 128): "hidden", (1, 4, 16): "signs"}
+    found: list[str] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(shapes[tuple(t.shape)]) or t, lambda t: t):
+        mlp_op(*named.values())
+    assert sorted(found) == kept
+
+
 def test_keeps_no_pre_activation() -> None:
     x, (up, down) = torch.randn(4, 8), weights(8, 128)
     kept: list[tuple] = []

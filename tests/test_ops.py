@@ -152,6 +152,30 @@ def test_cpu_passes_nonfinite_values_on(operator: Operator, dtype: torch.dtype, 
         check_nonfinite(operator, operator.make(operator.typical, dtype, CPU, seed), value, seed)
 
 
+@cases("operator, dtype")
+def test_frozen_arguments_change_no_gradient(operator: Operator, dtype: torch.dtype) -> None:
+    check_frozen(operator, operator.make(operator.typical, dtype, CPU, 0))
+
+
+def check_frozen(operator: Operator, arguments: Arguments) -> None:
+    """AssertionError unless the gradient of each argument is the same where others need none: one of them, or all.
+
+    On a GPU bit for bit; on the CPU torch.matmul takes another route for tensors that require no gradient.
+    """
+    places = [i for i, argument in enumerate(arguments) if isinstance(argument, Tensor) and argument.requires_grad]
+    if not places:
+        pytest.skip(f"{operator.name} has no gradient")
+    whole = dict(zip(places, results(operator.op, arguments)[-len(places) :], strict=True))
+    for kept in [[place] for place in places] + [[i for i in places if i != place] for place in places]:
+        given = tuple(a.detach().requires_grad_(i in kept) if i in places else a for i, a in enumerate(arguments))
+        found = results(operator.op, given)[-len(kept) :] if kept else []
+        for place, gradient in zip(kept, found, strict=True):
+            if gradient.is_cuda:
+                check_equal(f"{operator.name}, gradient of argument {place}, of {kept}", gradient, whole[place])
+            else:
+                torch.testing.assert_close(gradient, whole[place])
+
+
 # --- GPU --------------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +252,14 @@ def test_kernel_takes_an_expanded_gradient(gpu: torch.device, operator: Operator
     dense = torch.autograd.grad(found, leaves, [torch.ones_like(out) for out in found], retain_graph=True)
     expanded = torch.autograd.grad(found, leaves, [out.new_ones(()).expand(out.shape) for out in found])
     check_same(operator, arguments, list(expanded), list(dense))
+
+
+@pytest.mark.gpu
+@cases("operator, build, dtype, shape", **ALL_SHAPES, **KERNEL_TYPES)
+def test_kernel_leaves_frozen_arguments_out(
+    gpu: torch.device, operator: Operator, shape: Shape, dtype: torch.dtype
+) -> None:
+    check_frozen(operator, operator.make(shape, dtype, gpu, 0))
 
 
 @pytest.mark.gpu

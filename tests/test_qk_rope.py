@@ -84,6 +84,10 @@ def check_operators(device: torch.device) -> None:
     q, k, v, v_self = qk_rope.qk_rope(*arguments)
     torch.library.opcheck(qk_rope.qk_rope_backward_op, (q, k, v, v_self, *arguments))
     torch.library.opcheck(qk_rope.qk_rope_backward_op, (q, None, None, v_self, *arguments))
+    torch.library.opcheck(qk_rope.qk_rope_backward_op, (q, k, v, v_self, *arguments, False))
+    whole, (alone, none) = (qk_rope.qk_rope_backward_op(q, k, v, v_self, *arguments, gain) for gain in (True, False))
+    check_equal("gradient of qkv", alone, whole[0])
+    assert not none.numel()
 
 
 def test_operators_are_registered_right() -> None:

@@ -172,13 +172,50 @@ def test_opcheck(combination: tuple[Any, ...]) -> None:
     of_gate = None if opened is None else draw(3, 3)
     of_blend, of_x0 = (None if o.x0 is None else draw(3, 16) for _ in range(2))
     given = [None, of_blend, draw(3, 16), draw(3, 16), of_gate, of_x0, opened]
-    torch.library.opcheck(residual.residual_backward_op, (given, list(o), *NUMBERS))
+    for wanted in (None, [False, False, False]):
+        torch.library.opcheck(residual.residual_backward_op, (given, list(o), *NUMBERS, wanted))
 
 
 def test_lanes_backward_passes_opcheck() -> None:
     tensors = [draw(3, 8) for _ in range(4)] + [draw(8), draw(8), draw(2, 2), draw(2)]
     for grads in ((draw(3, 8), draw(3, 8)), (None, draw(3, 8))):
-        torch.library.opcheck(lanes.lanes_backward_op, (*grads, tensors))
+        for parameters in BOTH:
+            torch.library.opcheck(lanes.lanes_backward_op, (*grads, tensors, parameters))
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_only_wanted_gradients_are_made(combination: tuple[Any, ...]) -> None:
+    check_wanted(combination, CPU, torch.float32, rows=5, dim=16)
+
+
+def check_wanted(combination: tuple[Any, ...], device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> None:
+    """AssertionError unless the backward gives the same bits of what is wanted, and nothing else."""
+    o = operands(*combination, rows=rows, dim=dim, dtype=dtype)
+    opened = torch.rand(rows, 3).to(dtype) if o.gate_weight is not None else None
+    given = [None, None, *(draw(rows, dim, dtype=dtype) for _ in range(2)), opened, None, opened]
+    given, tensors = on(device, given), on(device, o)
+    names = ["x", "branch", "skip", "x0", "parameters"]
+    there = [True, o.branch is not None, o.skip is not None, o.x0 is not None, sum(o.sections) > 0]
+
+    def made(*wanted: bool) -> dict[str, Tensor]:
+        chosen = [True, wanted[0], True, *wanted[1:]]
+        found = residual.residual_backward_op(given, tensors, *NUMBERS, list(wanted))
+        return dict(zip(itertools.compress(names, map(all, zip(there, chosen, strict=True))), found, strict=True))
+
+    whole = made(True, True, True)
+    for wanted in itertools.product(BOTH, BOTH, BOTH):
+        for name, gradient in made(*wanted).items():
+            check_equal(f"{name}, {wanted}", gradient, whole[name])
+
+
+def test_a_frozen_x0_handed_on_has_no_gradient() -> None:
+    """Else each call would make one for the call before, and the first for nobody."""
+    x, mix = draw(3, 8).requires_grad_(), draw(2, 8)
+    for needs in BOTH:
+        x0 = draw(3, 8).requires_grad_(needs)
+        out = residual.fused(x, x0=x0, mix=mix)
+        assert out.x0.requires_grad == needs and out.stream.requires_grad
+        assert out.x0.data_ptr() == x0.data_ptr()
 
 
 @pytest.mark.parametrize("function", [residual.reference, residual.fused, residual.residual])
@@ -284,6 +321,16 @@ def test_kernels_of_any_operands_and_gradients(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_kernels_make_only_wanted_gradients(
+    gpu: torch.device, combination: tuple[Any, ...], dtype: torch.dtype
+) -> None:
+    for rows, dim in ((1, 8), (70, 512), (33, 768)):
+        check_wanted(combination, gpu, dtype, rows, dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_lanes_kernel_with_one_gradient(gpu: torch.device, dtype: torch.dtype) -> None:
     for rows, dim in ((0, 64), (1, 8), (70, 512), (33, 768), (5000, 64)):
         activations = [draw(rows, dim, dtype=dtype) for _ in range(4)]
@@ -292,6 +339,10 @@ def test_lanes_kernel_with_one_gradient(gpu: torch.device, dtype: torch.dtype) -
             wanted = lanes.lanes_backward_op(*grads, tensors)
             ours = lanes.lanes_backward_op(*on(gpu, grads), on(gpu, tensors))
             compare(f"{rows} x {dim}", list(ours), list(wanted))
+            *alone, none = lanes.lanes_backward_op(*on(gpu, grads), on(gpu, tensors), False)
+            assert not none.numel()
+            for index, gradient in enumerate(alone):
+                check_equal(f"{rows} x {dim}, gradient {index}", gradient, ours[index])
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pgolf.ops import _native
-from pgolf.ops.smear_gate import reference, smear_gate, smear_gate_op
+from pgolf.ops.smear_gate import reference, smear_gate, smear_gate_backward_op, smear_gate_op
 from pgolf.testing import OPERATORS, check_equal, mismatch
 
 CPU = torch.device("cpu")
@@ -34,6 +34,26 @@ def test_by_hand() -> None:
     out = smear_gate(e, ids, torch.zeros(1, 2), torch.tensor([0.5]))  # every gate is 0.5 * sigmoid(0) = 1/4
     expected = [[[1.0, 2.0], [3.25, 4.5], [5.0, 6.0], [8.25, 9.5]]]
     check_equal("smear_gate", out, torch.tensor(expected))
+
+
+def check_frozen_parameters(device: torch.device) -> None:
+    """Parameters that need no gradient: none is made, and e's stays the same."""
+    arguments = OPERATOR.make((2, 65, 64, 12), torch.float32, device, 0)
+    given = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    grad = smear_gate_op(*given)
+    whole, alone = (smear_gate_backward_op(grad, *given, parameters) for parameters in (True, False))
+    check_equal("gradient of e", alone[0], whole[0])
+    assert not alone[1].numel() and not alone[2].numel()
+    torch.library.opcheck(smear_gate_backward_op, (grad, *given, False))
+
+
+def test_frozen_parameters() -> None:
+    check_frozen_parameters(CPU)
+
+
+@pytest.mark.gpu
+def test_kernel_leaves_frozen_parameters_out(gpu: torch.device) -> None:
+    check_frozen_parameters(gpu)
 
 
 def smeared_with(value: float, device: torch.device) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """xsa_gate's own promises: values by hand, what each argument's absence means, short values, arguments checked."""
 
+import itertools
 import re
 
 import pytest
@@ -67,7 +68,13 @@ def check_operators(device: torch.device) -> None:
     y, v, gate = (x.detach() for x in OPERATOR.make((2, 33, 8, 4, 64), torch.float32, device, 0))
     for given in ((y, v, gate), (y, v, None), (y, None, gate)):
         torch.library.opcheck(xsa_gate.xsa_gate_op, given)
-        torch.library.opcheck(xsa_gate.xsa_gate_backward_op, (xsa_gate.xsa_gate_op(*given), *given))
+        grad = xsa_gate.xsa_gate_op(*given)
+        whole = xsa_gate.xsa_gate_backward_op(grad, *given)
+        for needs in itertools.product([False, True], repeat=2):
+            torch.library.opcheck(xsa_gate.xsa_gate_backward_op, (grad, *given, *needs))
+            found = xsa_gate.xsa_gate_backward_op(grad, *given, *needs)
+            for gradient, wanted, need in zip(found, whole, (True, *needs), strict=True):
+                check_equal("gradient", gradient, wanted if need else wanted.new_empty(0))
 
 
 def test_operators_are_registered_right() -> None:

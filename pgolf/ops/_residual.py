@@ -193,16 +193,17 @@ class _Gradients(NamedTuple):
     parameters: Tensor | None  # all in one vector, which `Operands.sections` cuts
 
 
-def _gradients(o: Operands) -> _Gradients:
-    """Room for the gradients; a branch without branch_scale has x's."""
+def _gradients(o: Operands, wanted: Sequence[bool] | None) -> _Gradients:
+    """Room for the gradients of x and skip, and for those that are wanted; a branch without branch_scale has x's."""
+    branch, x0, parameters = wanted or (True,) * 3
     count = sum(o.sections)
     fill = o.x.new_empty if o.x.numel() else o.x.new_zeros  # the kernels do nothing without rows
     return _Gradients(
         room(o.x),
-        None if o.branch_scale is None else room(o.x),
+        room(o.x) if branch and o.branch_scale is not None else None,
         None if o.skip is None else room(o.x),
-        None if o.x0 is None else room(o.x),
-        fill(count, dtype=torch.promote_types(o.x.dtype, torch.float32)) if count else None,
+        room(o.x) if x0 and o.x0 is not None else None,
+        fill(count, dtype=torch.promote_types(o.x.dtype, torch.float32)) if parameters and count else None,
     )
 
 
@@ -213,14 +214,16 @@ def residual_backward_op(
     gate_scale: float,
     norm_scale: float,
     eps: float,
+    wanted: Sequence[bool] | None = None,
 ) -> list[Tensor]:
     """The gradients of x and, where they are there, of branch, skip, x0, and of all parameters in one vector.
 
-    given: the seven of `_OutputGradients`, None counts as zeros; the rest as in `residual_op`.
+    given: the seven of `_OutputGradients`, None counts as zeros; wanted: whether to make those of branch, of x0 and of
+    the parameters, None for all; the rest as in `residual_op`.
     Written out and computed in the parameters' type, as the kernel does.
     """
     g, o = _OutputGradients(*given), Operands(*operands)  # type: ignore[arg-type]
-    v, outs = _values(o), _gradients(o)
+    v, outs = _values(o), _gradients(o, wanted)
     rows = tuple(range(o.x.dim() - 1))
     sums: list[Tensor] = []
 
@@ -241,8 +244,9 @@ def residual_backward_op(
         grad = grad + norm_scale * rstd * (of_n - unit * (of_n * unit).mean(-1, keepdim=True))
     if o.gate_weight is not None and not sums:
         sums = [torch.zeros_like(o.gate_weight)]
-    if o.x0 is not None and o.mix is not None and outs.x0 is not None:
-        outs.x0.copy_(o.mix[1] * grad if g.x0 is None else o.mix[1] * grad + wide(g.x0))
+    if o.x0 is not None and o.mix is not None:
+        if outs.x0 is not None:
+            outs.x0.copy_(o.mix[1] * grad if g.x0 is None else o.mix[1] * grad + wide(g.x0))
         sums = [(grad * v.t).sum(rows), (grad * wide(o.x0)).sum(rows), *sums]
         grad = o.mix[0] * grad
     if g.blend is not None:
@@ -261,8 +265,9 @@ def residual_backward_op(
             outs.skip.copy_(of_skipped * o.skip_weight)
     if g.sum is not None:
         grad = grad + wide(g.sum)
-    if o.branch is not None and o.branch_scale is not None and outs.branch is not None:
-        outs.branch.copy_(o.branch_scale * grad)
+    if o.branch is not None and o.branch_scale is not None:
+        if outs.branch is not None:
+            outs.branch.copy_(o.branch_scale * grad)
         sums = [(grad * wide(o.branch)).sum(rows), *sums]
     outs.x.copy_(grad)
     if outs.parameters is not None:
@@ -277,10 +282,11 @@ def _backward_cuda(
     gate_scale: float,
     norm_scale: float,
     eps: float,
+    wanted: Sequence[bool] | None = None,
 ) -> list[Tensor]:
     module = _native.require()
     g, o = _OutputGradients(*aligned(given)), Operands(*aligned(operands))
-    outs, dim = _gradients(o), o.x.shape[-1]
+    outs, dim = _gradients(o, wanted), o.x.shape[-1]
     with torch.cuda.device(o.x.device):
         scratch = None
         if outs.parameters is not None:
@@ -313,5 +319,6 @@ def _backward_fake(
     gate_scale: float,
     norm_scale: float,
     eps: float,
+    wanted: Sequence[bool] | None = None,
 ) -> list[Tensor]:
-    return present(*_gradients(Operands(*operands)))  # type: ignore[arg-type]
+    return present(*_gradients(Operands(*operands), wanted))  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float = 30.0,
     if not (cap <= MAX_CAP and _has_kernel(h, weight, targets)):
         return reference(h, weight, targets, cap, reduction)
     if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
-        loss: Tensor = cross_entropy_op(h, weight, targets, cap, reduction)[0]
+        loss: Tensor = cross_entropy_op(h, weight, targets, cap, reduction, weight.requires_grad)[0]
         return loss
     losses = token_losses(h, weight, targets, cap, cap)
     return losses.mean() if reduction == "mean" else losses.sum()
@@ -137,12 +137,12 @@ def chunk_rows(rows: int, vocab: int) -> int:
 
 @torch.library.custom_op("pgolf::cross_entropy", mutates_args=(), device_types="cpu")
 def cross_entropy_op(
-    h: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str = "mean"
+    h: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str = "mean", needs_weight: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, grad_h, row_scale, grad_weight): row r of h has the gradient grad_h[r] * row_scale[r].
 
     grad_h has h's dtype and shape; row_scale [tokens] and grad_weight [V, D] are float32 (float64 where h is).
-    Only the loss is differentiable.
+    Only the loss is differentiable. needs_weight: whether grad_weight is wanted, which else is [0, D].
     """
     _check("cross_entropy", h, weight, targets)
     _check_loss(cap, reduction)
@@ -156,7 +156,8 @@ def cross_entropy_op(
     if reduction == "mean":
         grad_logits /= len(wanted)
     grad_h = (grad_logits.to(h.dtype) @ weight).view(h.shape)
-    return loss, grad_h, loss.new_ones(len(wanted)), grad_logits.T @ rows.to(wide)
+    grad_weight = grad_logits.T @ rows.to(wide) if needs_weight else loss.new_empty(0, rows.shape[1])
+    return loss, grad_h, loss.new_ones(len(wanted)), grad_weight
 
 
 @torch.library.custom_op("pgolf::cross_entropy_backward", mutates_args=(), device_types="cpu")
@@ -170,7 +171,7 @@ def cross_entropy_backward_op(
 
 @cross_entropy_op.register_kernel("cuda")
 def _cuda(
-    h: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str = "mean"
+    h: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str = "mean", needs_weight: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check("cross_entropy", h, weight, targets)
     _check_loss(cap, reduction)
@@ -183,7 +184,8 @@ def _cuda(
     chunk = chunk_rows(count, vocab)
     grad_h = torch.empty_like(rows)
     losses, row_scale = (rows.new_empty(count, dtype=torch.float32) for _ in range(2))
-    terms, scaled_h = rows.new_empty(chunk, vocab), rows.new_empty(chunk, dim)
+    terms, scaled_h = rows.new_empty(chunk, vocab), rows.new_empty(chunk if needs_weight else 0, dim)
+    grad_weight = rows.new_empty(0, dim, dtype=torch.float32)
     sums = rows.new_empty(module.cross_entropy_tiles(vocab) * chunk, dtype=torch.float32)
     with torch.cuda.device(h.device):
         for first in range(0, count, chunk):
@@ -209,9 +211,11 @@ def _cuda(
                 row_scale=row_scale[part].data_ptr(),
                 losses=losses[part].data_ptr(),
             )
-            filled, scaled = terms[: part.stop - first], scaled_h[: part.stop - first]
+            filled = terms[: part.stop - first]
             torch.mm(filled, weight, out=grad_h[part])
-            product = torch.mm(filled.T, scaled, out_dtype=torch.float32)
+            if not needs_weight:
+                continue
+            product = torch.mm(filled.T, scaled_h[: part.stop - first], out_dtype=torch.float32)
             if first == 0:
                 grad_weight = product
             else:
@@ -245,14 +249,15 @@ def _backward_cuda(grad: Tensor, grad_h: Tensor, row_scale: Tensor, grad_weight:
 
 @cross_entropy_op.register_fake
 def _fake(
-    h: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str = "mean"
+    h: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str = "mean", needs_weight: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check("cross_entropy", h, weight, targets)
     _check_loss(cap, reduction)
     wide = torch.promote_types(h.dtype, torch.float32)
     grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
     row_scale = h.new_empty(targets.numel(), dtype=wide)
-    return h.new_empty((), dtype=wide), grad_h, row_scale, weight.new_empty(weight.shape, dtype=wide)
+    grad_weight = weight.new_empty(weight.shape if needs_weight else (0, weight.shape[1]), dtype=wide)
+    return h.new_empty((), dtype=wide), grad_h, row_scale, grad_weight
 
 
 @cross_entropy_backward_op.register_fake
@@ -268,8 +273,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return None, None, None, None, None
-    return *cross_entropy_backward_op(grad, *ctx.saved_tensors), None, None, None
+        return (None,) * 6
+    grad_h, grad_weight = cross_entropy_backward_op(grad, *ctx.saved_tensors)
+    return grad_h, grad_weight if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)

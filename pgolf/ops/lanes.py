@@ -159,30 +159,33 @@ class _Gradients(NamedTuple):
     lane1: Tensor
     a: Tensor
     m: Tensor
-    parameters: Tensor  # of attn_scale, mlp_scale, post and resid
+    parameters: Tensor  # of attn_scale, mlp_scale, post and resid, or no values
 
 
-def _gradients(lane0: Tensor, attn_scale: Tensor) -> _Gradients:
-    parameters = attn_scale.new_empty(2 * lane0.shape[-1] + 6)
-    return _Gradients(room(lane0), room(lane0), room(lane0), room(lane0), parameters)
+def _gradients(lane0: Tensor, attn_scale: Tensor, parameters: bool) -> _Gradients:
+    values = attn_scale.new_empty(2 * lane0.shape[-1] + 6 if parameters else 0)
+    return _Gradients(room(lane0), room(lane0), room(lane0), room(lane0), values)
 
 
 @torch.library.custom_op("pgolf::lanes_backward", mutates_args=(), device_types="cpu")
 def lanes_backward_op(
-    grad0: Tensor | None, grad1: Tensor | None, operands: Sequence[Tensor]
+    grad0: Tensor | None, grad1: Tensor | None, operands: Sequence[Tensor], parameters: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of lane0, lane1, a, m, and of attn_scale, mlp_scale, post and resid in one vector.
 
-    grad0, grad1: of both results, None counts as zeros; operands: the eight of `Operands`.
+    grad0, grad1: of both results, None counts as zeros; operands: the eight of `Operands`; parameters: whether the
+    vector is wanted, which else has no values.
     Written out and computed in the parameters' type, as the kernel does.
     """
     lane0, lane1, a, m, attn_scale, mlp_scale, post, resid = map(wide, operands)
-    outs = _gradients(operands[0], attn_scale)
+    outs = _gradients(operands[0], attn_scale, parameters)
     g0, g1 = (torch.zeros_like(lane0) if grad is None else wide(grad) for grad in (grad0, grad1))
     of_a = post[0, 0] * g0 + post[0, 1] * g1
     of_m = post[1, 0] * g0 + post[1, 1] * g1
     for out, value in zip(outs, (resid[0] * g0, resid[1] * g1, attn_scale * of_a, mlp_scale * of_m), strict=False):
         out.copy_(value)
+    if not parameters:
+        return outs
     rows = tuple(range(lane0.dim() - 1))
     scalars = [(g * scaled).sum() for scaled in (attn_scale * a, mlp_scale * m) for g in (g0, g1)]
     scalars += [(g0 * lane0).sum(), (g1 * lane1).sum()]
@@ -192,13 +195,15 @@ def lanes_backward_op(
 
 @lanes_backward_op.register_kernel("cuda")
 def _backward_cuda(
-    grad0: Tensor | None, grad1: Tensor | None, operands: Sequence[Tensor]
+    grad0: Tensor | None, grad1: Tensor | None, operands: Sequence[Tensor], parameters: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     module = _native.require()
     o, (grad0, grad1) = Operands(*aligned(operands)), aligned((grad0, grad1))
-    outs, dim = _gradients(o.lane0, o.attn_scale), o.lane0.shape[-1]
+    outs, dim = _gradients(o.lane0, o.attn_scale, parameters), o.lane0.shape[-1]
     with torch.cuda.device(o.lane0.device):
-        scratch = o.attn_scale.new_empty(module.lanes_scratch(o.lane0.numel() // dim, dim))
+        scratch = None
+        if parameters:
+            scratch = o.attn_scale.new_empty(module.lanes_scratch(o.lane0.numel() // dim, dim))
         module.lanes_backward(
             **_native.target(o.lane0),
             inputs=_native_inputs(o),
@@ -209,16 +214,16 @@ def _backward_cuda(
             grad_a=outs.a.data_ptr(),
             grad_m=outs.m.data_ptr(),
             grad_parameters=outs.parameters.data_ptr(),
-            scratch=scratch.data_ptr(),
+            scratch=address(scratch),
         )
     return outs
 
 
 @lanes_backward_op.register_fake
 def _backward_fake(
-    grad0: Tensor | None, grad1: Tensor | None, operands: Sequence[Tensor]
+    grad0: Tensor | None, grad1: Tensor | None, operands: Sequence[Tensor], parameters: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(operands[0], operands[4])
+    return _gradients(operands[0], operands[4], parameters)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -226,8 +231,11 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, .
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad0: Tensor | None, grad1: Tensor | None) -> tuple[Tensor, ...]:
-    *activations, parameters = lanes_backward_op(grad0, grad1, list(ctx.saved_tensors))
+def _backward(ctx: Any, grad0: Tensor | None, grad1: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs_parameters = any(ctx.needs_input_grad[4:])
+    *activations, parameters = lanes_backward_op(grad0, grad1, list(ctx.saved_tensors), needs_parameters)
+    if not needs_parameters:
+        return *activations, None, None, None, None
     dim = activations[0].shape[-1]
     attn_scale, mlp_scale, post, resid = parameters.split([dim, dim, 4, 2])
     return *activations, attn_scale, mlp_scale, post.view(2, 2), resid

@@ -258,10 +258,16 @@ def _mlp_fake(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _setup_context(ctx: Context, inputs: tuple, output: tuple) -> None:
+    x, up, down = inputs
     _, hidden, signs = output
     ctx.mark_non_differentiable(hidden, signs)
     ctx.set_materialize_grads(False)  # zeros for hidden would cost as much as hidden
-    ctx.save_for_backward(*inputs, hidden, signs)
+    needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
+    needs_pre = needs_x or needs_up
+    # Only what the gradients that are needed are made of: with frozen weights x need not stay.
+    needed = (needs_up, needs_x, needs_pre, needs_pre or needs_down, needs_pre)
+    kept = zip((x, up, down, hidden, signs), needed, strict=True)
+    ctx.save_for_backward(*(tensor if need else None for tensor, need in kept))  # type: ignore[arg-type]
 
 
 def _backward(ctx: Context, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -269,11 +275,12 @@ def _backward(ctx: Context, grad: Tensor | None, *_: None) -> tuple[Tensor | Non
         return None, None, None
     x, up, down, hidden, signs = ctx.saved_tensors  # type: ignore[attr-defined]
     needs_x, needs_up, needs_down = ctx.needs_input_grad  # type: ignore[attr-defined]
+    leading = grad.shape[:-1]
     grad = grad.reshape(-1, grad.shape[-1]).contiguous()
     grad_x = grad_up = grad_down = None
     if needs_x or needs_up:
         grad_pre = mlp_grad_op(grad, down.t().contiguous(), hidden, signs)
-        grad_x = (grad_pre @ up).view(x.shape) if needs_x else None
+        grad_x = (grad_pre @ up).view(*leading, up.shape[1]) if needs_x else None
         grad_up = grad_pre.t() @ x.reshape(-1, x.shape[-1]) if needs_up else None
     if needs_down:
         grad_down = grad.t() @ hidden

@@ -160,25 +160,26 @@ def qk_rope_backward_op(
     cos: Tensor,
     sin: Tensor,
     kv_heads: int,
+    gain: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and q_gain from those of the results, None for zeros; written out and computed in q_gain's type,
-    as the kernel does."""
+    as the kernel does. gain: whether the second is wanted, which else has no values."""
     q, k, v = _split(qkv.to(q_gain.dtype), len(q_gain), kv_heads)
     dq, dk, dv, dv_self = (
         torch.zeros_like(like) if grad is None else grad.to(q_gain.dtype)
         for grad, like in ((grad_q, q), (grad_k, k), (grad_v, v), (grad_v_self, v))
     )
 
-    def back(x: Tensor, grad: Tensor, gain: Tensor | float) -> tuple[Tensor, Tensor]:
+    def back(x: Tensor, grad: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
         rstd = (x.square().mean(-1, keepdim=True) + machine_epsilon(qkv.dtype)).rsqrt()
         turned = rotate(grad, cos, -sin)
         along = (turned * x).sum(-1, keepdim=True) * rstd
-        return gain * rstd * (turned - x * along * rstd / x.shape[-1]), along
+        return scale * rstd * (turned - x * along * rstd / x.shape[-1]), along
 
     grad_queries, along = back(q, dq, q_gain[:, None])
     grad_keys, _ = back(k, dk, 1.0)
     grad_qkv = torch.cat((grad_queries, grad_keys, dv + dv_self), dim=2).flatten(2)
-    return grad_qkv.to(qkv.dtype), along.sum((0, 1, 3))
+    return grad_qkv.to(qkv.dtype), along.sum((0, 1, 3)) if gain else q_gain.new_empty(0)
 
 
 @qk_rope_backward_op.register_kernel("cuda")
@@ -192,10 +193,11 @@ def _backward_cuda(
     cos: Tensor,
     sin: Tensor,
     kv_heads: int,
+    gain: bool = True,
 ) -> tuple[Tensor, Tensor]:
     module = _native.require()
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    grad_gain = torch.empty_like(q_gain, memory_format=torch.contiguous_format)
+    grad_gain = q_gain.new_empty(len(q_gain) if gain else 0)
     qkv, q_gain, cos, sin = aligned(qkv), q_gain.contiguous(), aligned(cos), aligned(sin)
     named = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v, "grad_v_self": grad_v_self}
     given = {name: rows_of(grad) for name, grad in named.items() if grad is not None}
@@ -203,7 +205,7 @@ def _backward_cuda(
     for name, (grad, stride) in given.items():
         grads[name], grads[f"{name}_stride"] = grad.data_ptr(), stride
     shared = _shared(qkv, q_gain, cos, sin, kv_heads)
-    scratch = q_gain.new_empty(module.qk_rope_scratch(shared["rows"], shared["heads"]))
+    scratch = q_gain.new_empty(module.qk_rope_scratch(shared["rows"], shared["heads"]) if gain else 0)
     with torch.cuda.device(qkv.device):
         module.qk_rope_backward(
             **shared,
@@ -226,8 +228,9 @@ def _backward_fake(
     cos: Tensor,
     sin: Tensor,
     kv_heads: int,
+    gain: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), q_gain.new_empty(q_gain.shape)
+    return qkv.new_empty(qkv.shape), q_gain.new_empty(len(q_gain) if gain else 0)
 
 
 class _QkRope(torch.autograd.Function):
@@ -249,4 +252,6 @@ class _QkRope(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if all(grad is None for grad in grads):
             return None, None, None, None, None
-        return *qk_rope_backward_op(*grads, *ctx.saved_tensors, ctx.kv_heads), None, None, None
+        needs_gain = ctx.needs_input_grad[1]
+        grad_qkv, grad_gain = qk_rope_backward_op(*grads, *ctx.saved_tensors, ctx.kv_heads, needs_gain)
+        return grad_qkv, grad_gain if needs_gain else None, None, None, None

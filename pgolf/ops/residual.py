@@ -172,6 +172,11 @@ def _spread(found: Sequence[Tensor | None], there: Iterable[bool]) -> list[Any]:
     return [left.pop(0) if is_there else None for is_there in there]
 
 
+def _needs(ctx: Any) -> Any:
+    """Which operands need a gradient, by their names."""
+    return Operands(*ctx.needs_input_grad[6:])
+
+
 class _Fused(torch.autograd.Function):
     """The two operators joined. Not by `register_autograd`, whose outputs cannot be inputs passed through."""
 
@@ -196,6 +201,8 @@ class _Fused(torch.autograd.Function):
         outputs = (normed, *middle, gate, o.x0)
         if not torch.compiler.is_compiling():  # which knows only zeros
             ctx.set_materialize_grads(False)  # no zeros of x's size for outputs that have no gradient
+            if o.x0 is not None and not _needs(ctx).x0:
+                ctx.mark_non_differentiable(o.x0)  # or a whole chain of gradients would lead to nobody
         ctx.save_for_backward(*present(*operands, gate))
         ctx.saved = [tensor is not None for tensor in (*operands, gate)]
         ctx.returned = [tensor is not None for tensor in outputs]
@@ -208,13 +215,15 @@ class _Fused(torch.autograd.Function):
         o = Operands(*operands)
         of_normed, of_sum, of_blend, of_stream, of_gate, of_x0 = _spread(grads, ctx.returned)
         given = [of_sum, of_blend, of_stream, of_normed, of_gate, of_x0, gate]
-        found = residual_backward_op(given, operands, *ctx.numbers)
-        sizes = o.sections
-        there = [tensor is not None for tensor in (o.x, o.branch, o.skip, o.x0)]
-        of_x, of_branch, of_skip, of_x0, parameters = _spread(found, (*there, sum(sizes) > 0))
+        needs, sizes = _needs(ctx), o.sections
+        wanted = [needs.branch, needs.x0, any(needs.parameters)]
+        found = residual_backward_op(given, operands, *ctx.numbers, wanted)
+        there = (True, wanted[0], o.skip is not None, *wanted[1:])
+        of_x, of_branch, of_skip, of_x0, parameters = _spread(found, there)
         cut = [None] * len(sizes) if parameters is None else parameters.split(sizes)
         scale, skip_weight, skip_gate, mix, gate_weight = (
-            None if tensor is None else part.view(tensor.shape) for tensor, part in zip(o.parameters, cut, strict=True)
+            None if tensor is None or part is None else part.view(tensor.shape)
+            for tensor, part in zip(o.parameters, cut, strict=True)
         )
         tensors = (of_x, of_branch, scale, of_skip, skip_weight, skip_gate, of_x0, mix, gate_weight)
         return None, None, None, None, None, None, *tensors

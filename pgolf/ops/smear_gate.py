@@ -63,9 +63,12 @@ def smear_gate_op(e: Tensor, ids: Tensor, weight: Tensor, lam: Tensor, bos: int)
 
 @torch.library.custom_op("pgolf::smear_gate_backward", mutates_args=(), device_types="cpu")
 def smear_gate_backward_op(
-    grad: Tensor, e: Tensor, ids: Tensor, weight: Tensor, lam: Tensor, bos: int
+    grad: Tensor, e: Tensor, ids: Tensor, weight: Tensor, lam: Tensor, bos: int, parameters: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of e, weight and lam, written out and computed in the parameters' type, as the kernel does."""
+    """Gradients of e, weight and lam, written out and computed in the parameters' type, as the kernel does.
+
+    parameters: whether the latter two are wanted, which else have no values.
+    """
     window = weight.shape[1]
     wide_e, wide_grad = e.to(weight.dtype), grad.to(weight.dtype)
     previous, inputs, grad_out = wide_e[:, :-1], wide_e[:, 1:, :window], wide_grad[:, 1:]
@@ -77,6 +80,8 @@ def smear_gate_backward_op(
     grad_e = wide_grad.clone(memory_format=torch.contiguous_format)
     grad_e[:, :-1] += gate * grad_out
     grad_e[:, 1:, :window] += grad_logit * weight
+    if not parameters:
+        return grad_e.to(e.dtype), weight.new_empty(0), lam.new_empty(0)
     grad_weight = (grad_logit * inputs).sum((0, 1)).reshape(1, window)
     return grad_e.to(e.dtype), grad_weight, (sigmoid * dot).sum().reshape(1)
 
@@ -106,13 +111,13 @@ def _forward_cuda(e: Tensor, ids: Tensor, weight: Tensor, lam: Tensor, bos: int)
 
 @smear_gate_backward_op.register_kernel("cuda")
 def _backward_cuda(
-    grad: Tensor, e: Tensor, ids: Tensor, weight: Tensor, lam: Tensor, bos: int
+    grad: Tensor, e: Tensor, ids: Tensor, weight: Tensor, lam: Tensor, bos: int, parameters: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = _native.require()
     grad, e, ids, weight = grad.contiguous(), e.contiguous(), ids.contiguous(), weight.contiguous()
-    grad_e, grad_weight, grad_lam = torch.empty_like(e), torch.empty_like(weight), torch.empty_like(lam)
+    grad_e, grad_weight, grad_lam = _backward_fake(grad, e, ids, weight, lam, bos, parameters)
     window = weight.shape[1]
-    scratch = e.new_empty(module.smear_gate_scratch(ids.numel(), window), dtype=torch.float32)
+    scratch = weight.new_empty(module.smear_gate_scratch(ids.numel(), window) if parameters else 0)
     with torch.cuda.device(e.device):
         module.smear_gate_backward(
             **_native.stream_of(e),
@@ -143,10 +148,11 @@ def _forward_fake(e: Tensor, ids: Tensor, weight: Tensor, lam: Tensor, bos: int)
 
 @smear_gate_backward_op.register_fake
 def _backward_fake(
-    grad: Tensor, e: Tensor, ids: Tensor, weight: Tensor, lam: Tensor, bos: int
+    grad: Tensor, e: Tensor, ids: Tensor, weight: Tensor, lam: Tensor, bos: int, parameters: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_e = torch.empty_like(e, memory_format=torch.contiguous_format)
-    return grad_e, weight.new_empty(weight.shape), lam.new_empty(lam.shape)
+    grad_weight, grad_lam = (tensor.new_empty(tensor.shape if parameters else 0) for tensor in (weight, lam))
+    return grad_e, grad_weight, grad_lam
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -157,7 +163,9 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     e, ids, weight, lam = ctx.saved_tensors  # type: ignore[attr-defined]
-    grad_e, grad_weight, grad_lam = smear_gate_backward_op(grad, e, ids, weight, lam, ctx.bos)  # type: ignore[attr-defined]
+    needs = any(ctx.needs_input_grad[2:4])  # type: ignore[attr-defined]
+    grad_e, *parameters = smear_gate_backward_op(grad, e, ids, weight, lam, ctx.bos, needs)  # type: ignore[attr-defined]
+    grad_weight, grad_lam = parameters if needs else (None, None)
     return grad_e, None, grad_weight, grad_lam, None
 
 

@@ -125,10 +125,10 @@ def _forward_fake(y: Tensor, v: Tensor | None, gate: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("pgolf::xsa_gate_backward", mutates_args=(), device_types="cpu")
 def xsa_gate_backward_op(
-    grad: Tensor, y: Tensor, v: Tensor | None, gate: Tensor | None
+    grad: Tensor, y: Tensor, v: Tensor | None, gate: Tensor | None, needs_v: bool = True, needs_gate: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, v and gate, no values where there is no such argument; written out and computed in float32 at
-    least, as the kernel does. grad [B, T, H d]: that of the result."""
+    """Gradients of y, v and gate, of the latter two no values where there is no such argument or it needs none; written
+    out and computed in float32 at least, as the kernel does. grad [B, T, H d]: that of the result."""
     wide = torch.promote_types(y.dtype, torch.float32)
     kv_heads = y.shape[2] if v is None else v.shape[2]
     x, g = (tensor.reshape(y.shape).to(wide).unflatten(2, (kv_heads, -1)) for tensor in (y, grad))
@@ -144,13 +144,16 @@ def xsa_gate_backward_op(
         along = torch.where(norm < MIN_NORM, 0, 2 * a * b)
         grad_v = -((gates * (a * g + b * x - along * u)).sum(3, keepdim=True) / least).squeeze(3)
     grad_y = (gates * grad_y).flatten(2, 3)
-    grad_gate = x.new_empty(0) if gate is None else grad_gate.flatten(2)
+    grad_v = grad_v if needs_v else x.new_empty(0)
+    grad_gate = grad_gate.flatten(2) if needs_gate and gate is not None else x.new_empty(0)
     return grad_y.to(y.dtype), grad_v.to(y.dtype), grad_gate.to(y.dtype)
 
 
 @xsa_gate_backward_op.register_kernel("cuda")
-def _backward_cuda(grad: Tensor, y: Tensor, v: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    results = _backward_fake(grad, y, v, gate)
+def _backward_cuda(
+    grad: Tensor, y: Tensor, v: Tensor | None, gate: Tensor | None, needs_v: bool = True, needs_gate: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = _backward_fake(grad, y, v, gate, needs_v, needs_gate)
     grad, y = aligned(grad), aligned(y)
     rows, stride = (None, 0) if v is None else rows_of(v)
     gates = None if gate is None else gate.contiguous()
@@ -167,9 +170,12 @@ def _backward_cuda(grad: Tensor, y: Tensor, v: Tensor | None, gate: Tensor | Non
 
 
 @xsa_gate_backward_op.register_fake
-def _backward_fake(grad: Tensor, y: Tensor, v: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(
+    grad: Tensor, y: Tensor, v: Tensor | None, gate: Tensor | None, needs_v: bool = True, needs_gate: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     empty = y.new_empty
-    return empty(y.shape), empty(0 if v is None else v.shape), empty(0 if gate is None else gate.shape)
+    grad_v = empty(v.shape if v is not None and needs_v else 0)
+    return empty(y.shape), grad_v, empty(gate.shape if gate is not None and needs_gate else 0)
 
 
 class _XsaGate(torch.autograd.Function):
@@ -186,5 +192,6 @@ class _XsaGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, v, gate = ctx.saved_tensors
-        grad_y, grad_v, grad_gate = xsa_gate_backward_op(grads[0], y, v, gate)
-        return grad_y, None if v is None else grad_v, None if gate is None else grad_gate
+        _, needs_v, needs_gate = ctx.needs_input_grad
+        grad_y, grad_v, grad_gate = xsa_gate_backward_op(grads[0], y, v, gate, needs_v, needs_gate)
+        return grad_y, grad_v if needs_v else None, grad_gate if needs_gate else None

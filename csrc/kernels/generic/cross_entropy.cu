@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_rows_kernel(const Cros
                 terms[target] = from_float<__nv_bfloat16>(-others * (w * r * r));
             }
         }
+        if (p.scaled_h == nullptr) return;
         auto* const scaled_h = static_cast<__nv_bfloat16*>(p.scaled_h) + row * p.dim;
         for (int c = lane * kVector; c < p.dim; c += kWarpSize * kVector) {
             float y[kVector];

@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kRowThreads, kBackwardBlocks)
         stage ^= 1;
     }
 
+    if (p.scratch == nullptr) return;
     const int warp = threadIdx.x / kWarpSize;
 #pragma unroll
     for (int k = 0; k < kScalars; ++k) {
@@ -185,6 +186,7 @@ void launch_backward(const LanesBackward& p, const Target& target) {
     const int parameters = lanes_parameters(p.in.dim);
     lanes_backward_kernel<T><<<blocks, kRowThreads, bytes, target.stream>>>(p, threads, sums_stride(parameters));
     check_launch("lanes_backward");
+    if (p.grad_parameters == nullptr) return;
     sum_blocks(p.scratch, blocks, parameters, p.grad_parameters, target.stream, "lanes_backward: sums");
 }
 
@@ -199,6 +201,7 @@ int64_t lanes_scratch(int64_t rows, int dim) { return row_scratch(rows, dim, kBa
 
 void lanes_backward(const LanesBackward& params, const Target& target) {
     if (params.in.rows == 0) {
+        if (params.grad_parameters == nullptr) return;
         check(
             cudaMemsetAsync(params.grad_parameters, 0, lanes_parameters(params.in.dim) * sizeof(float), target.stream),
             "lanes_backward");

@@ -275,6 +275,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) qk_rope_backward_ke
         }
     }
 
+    if (p.scratch == nullptr) return;
     __shared__ float partial[kWarps][kSlots * kHeads];
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
@@ -375,6 +376,7 @@ void qk_rope_backward(const QkRopeBackward& params, cudaStream_t stream) {
         blocks = filling_blocks(needed_blocks(params.rows), kBackwardBlocks, "qk_rope_backward");
         launch_for_dtype(params, blocks, stream, "qk_rope_backward");
     }
+    if (params.grad_gain == nullptr) return;
     qk_rope_finish_kernel<<<params.heads, kThreads, 0, stream>>>(params, static_cast<int>(blocks));
     check_launch("qk_rope_backward (sums)");
 }

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kRowThreads, kBound<T, V, kBlend>)
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) grad[i] += fmaf(scale, dn[i], of_u * v.u[i]);
         }
-        if (has_gate && walk.thread < kWarpSize) {
+        if (has_gate && p.scratch != nullptr && walk.thread < kWarpSize) {
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) dn[i] = scale * v.u[i];  // now n
             add_gate_weight_gradient<T>(in, gate, walk.group, walk.thread, dn);
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kRowThreads, kBound<T, V, kBlend>)
             vectors.read(V::kMixAt + 1, walk.thread, mix);
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) of_x0[i] = fmaf(mix[i], grad[i], of_x0[i]);
-            if (walk.active) store_columns<T>(p.grad_x0, offset, of_x0);
+            if (walk.active && p.grad_x0 != nullptr) store_columns<T>(p.grad_x0, offset, of_x0);
             vectors.read(V::kMixAt, walk.thread, mix);
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {

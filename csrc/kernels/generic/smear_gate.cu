@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(kThreads) smear_gate_backward_kernel(const Sme
         }
     }
 
+    if (p.scratch == nullptr) return;
     __shared__ float partial[kWarps][kWarpSize];
     for (int start = 0; start <= p.window; start += kWarpSize) {
         const int column = start + lane;
@@ -220,6 +221,7 @@ void smear_gate_forward(const SmearGateForward& params, cudaStream_t stream) {
 
 void smear_gate_backward(const SmearGateBackward& params, cudaStream_t stream) {
     launch_for_dtype(params, stream, "smear_gate_backward");
+    if (params.grad_weight == nullptr) return;
     smear_gate_finish_kernel<<<static_cast<unsigned>(params.window + 1), kThreads, 0, stream>>>(
         params, blocks_for(params.rows));
     check_launch("smear_gate_backward (sums)");

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) xsa_gate_backward_k
                 }
                 if (!pair.exists[i]) continue;
                 store_eight(static_cast<T*>(p.grad_y) + pair.offset(p, at, i), grad);
-                if (p.gate != nullptr && at.column == 0) {
+                if (p.grad_gate != nullptr && at.column == 0) {
                     static_cast<T*>(p.grad_gate)[pair.first + i] = from_float<T>(grad_gate);
                 }
             }
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) xsa_gate_backward_k
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) v[c] = -inverse * fmaf(-along, v[c], sum[c]);
             const int64_t target = static_cast<int64_t>(at.head) * p.head_dim + at.column;
-            if (at.exists) store_eight(static_cast<T*>(p.grad_v) + target, v);
+            if (at.exists && p.grad_v != nullptr) store_eight(static_cast<T*>(p.grad_v) + target, v);
         }
     }
 }

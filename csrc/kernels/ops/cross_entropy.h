@@ -46,7 +46,7 @@ struct CrossEntropyRows {
     const float* sums;  // of the product
     float loss_weight;  // w
     void* terms;        // [rows, vocab] bfloat16, or null: the target's is written here
-    void* scaled_h;     // [rows, dim] bfloat16: h 4 w / S
+    void* scaled_h;     // [rows, dim] bfloat16: h 4 w / S; null: not wanted
     float* row_scale;   // [rows]: 4 w / S
     float* losses;      // [rows]
     int64_t rows;

@@ -32,8 +32,8 @@ struct LanesBackward {
     void* grad_lane[2];       // [rows, dim]
     void* grad_a;             // [rows, dim]
     void* grad_m;             // [rows, dim]
-    float* grad_parameters;   // [lanes_parameters]: of attn_scale, mlp_scale, post and resid
-    float* scratch;           // [lanes_scratch]
+    float* grad_parameters;   // [lanes_parameters]: of attn_scale, mlp_scale, post and resid; null: not wanted
+    float* scratch;           // [lanes_scratch], there where grad_parameters is
 };
 
 constexpr int kLanesMaxDim = 1024;

@@ -35,8 +35,8 @@ struct QkRopeBackward {
     const float* cos;   // [length, half]
     const float* sin;   // [length, half]
     void* grad_qkv;     // [rows, heads + 2 kv_heads, head_dim]
-    float* grad_gain;   // [heads]
-    float* scratch;     // [qk_rope_scratch(rows, heads)]
+    float* grad_gain;   // [heads]; null: not wanted
+    float* scratch;     // [qk_rope_scratch(rows, heads)], there where grad_gain is
     int64_t rows, length;
     int heads, kv_heads;
     int head_dim, half;

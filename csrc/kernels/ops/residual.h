@@ -38,7 +38,8 @@ struct ResidualForward {
     void* gate;    // g [rows, heads], there where gate_weight is
 };
 
-// Gradients that are null count as zeros. Without rows nothing is written.
+// Gradients of results that are null count as zeros; those of operands that may be null are then not wanted. Without
+// rows nothing is written.
 struct ResidualBackward {
     ResidualInputs in;
     const void* gate;         // g [rows, heads], there where grad_gate is
@@ -49,11 +50,11 @@ struct ResidualBackward {
     const void* grad_gate;    // [rows, heads], of g
     const void* grad_x0_out;  // [rows, dim]: what else grad_x0 is the sum of
     void* grad_x;             // [rows, dim]
-    void* grad_branch;        // [rows, dim]; null: not wanted
-    void* grad_skip;          // there where `skip` is
-    void* grad_x0;            // there where x0 is
-    float* grad_parameters;   // [residual_parameters]; null: not wanted
-    float* scratch;           // [residual_scratch], likewise
+    void* grad_branch;        // [rows, dim] or null
+    void* grad_skip;          // [rows, dim], there where `skip` is
+    void* grad_x0;            // [rows, dim] or null
+    float* grad_parameters;   // [residual_parameters] or null
+    float* scratch;           // [residual_scratch], there where grad_parameters is
 };
 
 constexpr int kResidualMaxDim = 1024;

@@ -27,7 +27,7 @@ struct SmearGateBackward {
     const float* weight;  // [window]
     const float* lambda;  // [1]
     void* grad_e;         // [rows, dim]
-    float* grad_weight;   // [window]
+    float* grad_weight;   // [window]; null, as the next two: not wanted
     float* grad_lambda;   // [1]
     float* scratch;       // [smear_gate_scratch(rows, window)]
     int64_t rows, length;

@@ -27,8 +27,8 @@ struct XsaGateBackward {
     const void* v;
     const void* gate;
     void* grad_y;     // [rows, kv_heads * group, head_dim]
-    void* grad_v;     // [rows, kv_heads, head_dim]; not written without v
-    void* grad_gate;  // [rows, kv_heads * group]; not written without gate
+    void* grad_v;     // [rows, kv_heads, head_dim]; null: not wanted, or there is no v
+    void* grad_gate;  // [rows, kv_heads * group]; null: not wanted
     int64_t v_stride;
     int64_t rows;
     int kv_heads, group;
