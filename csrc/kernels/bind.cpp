@@ -6,6 +6,7 @@
 
 namespace pgolf {
 
+void bind_adamw(py::module_& m);
 void bind_cross_entropy(py::module_& m);
 void bind_embed(py::module_& m);
 void bind_gptq(py::module_& m);
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_kernels, m) {
         },
         "shared_memory"_a, "(m, n, k, stages, bytes of shared memory) of a block of the generic matrix products");
 
+    bind_adamw(m);
     bind_cross_entropy(m);
     bind_embed(m);
     bind_gptq(m);

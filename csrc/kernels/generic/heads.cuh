@@ -4,10 +4,8 @@
 
 #include <cuda_bf16.h>
 
-#include <algorithm>
 #include <cstdint>
 
-#include "common/check.h"
 #include "common/reduce.cuh"
 
 namespace pgolf::generic {
@@ -98,14 +96,6 @@ template <int kLanes, typename... Float>
 __device__ __forceinline__ void head_sums(Float&... x) {
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2) ((x += __shfl_xor_sync(kAllLanes, x, offset)), ...);
-}
-
-// Blocks that fill the current device `per_processor` to a multiprocessor, but no more than `needed`.
-inline unsigned filling_blocks(int64_t needed, int per_processor, const char* what) {
-    int device = 0, processors = 0;
-    check(cudaGetDevice(&device), what);
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), what);
-    return static_cast<unsigned>(std::min(needed, int64_t{processors} * per_processor));
 }
 
 }  // namespace pgolf::generic

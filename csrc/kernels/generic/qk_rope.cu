@@ -5,9 +5,11 @@
 // with a chunk is the same in all lanes. Block y has kSlots chunks; at the recipe's shape that is all of them.
 #include <cuda_bf16.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "common/check.h"
+#include "common/grid.h"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "heads.cuh"

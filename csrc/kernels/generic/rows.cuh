@@ -15,6 +15,7 @@
 
 #include "common/async_copy.cuh"
 #include "common/check.h"
+#include "common/grid.h"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "ops.h"
@@ -33,12 +34,8 @@ inline int row_threads(int dim) { return dim <= 32 * kColumns ? 32 : dim <= 64 *
 
 // Blocks of a grid that walks `rows` rows, at most `per_processor` a multiprocessor.
 inline int row_blocks(int64_t rows, int dim, int per_processor) {
-    int device = 0, processors = 0;
-    check(cudaGetDevice(&device), "rows: device");
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "rows: multiprocessors");
     const int64_t groups = kRowThreads / row_threads(dim);
-    const int64_t blocks = (rows + groups - 1) / groups;
-    return static_cast<int>(blocks < per_processor * processors ? blocks : per_processor * processors);
+    return static_cast<int>(filling_blocks((rows + groups - 1) / groups, per_processor, "rows"));
 }
 
 // Which rows and columns a thread works on.

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "common/check.h"
+#include "common/grid.h"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "heads.cuh"

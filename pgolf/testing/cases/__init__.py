@@ -1,6 +1,7 @@
 """The registry: one file an operator. `tests/test_ops.py` and `benchmarks/test_ops.py` walk its rows."""
 
 from pgolf.testing.cases import (
+    adamw,
     cross_entropy,
     embed,
     gptq,
@@ -16,6 +17,7 @@ from pgolf.testing.cases import (
 from pgolf.testing.operator import Operator
 
 OPERATORS: tuple[Operator, ...] = (
+    *adamw.OPERATORS,
     *cross_entropy.OPERATORS,
     *embed.OPERATORS,
     *gptq.OPERATORS,
