@@ -226,10 +226,13 @@ class TTTConfig:
     """Phased test-time training (recipe section 5)."""
 
     enabled: bool = option(True, "adapt while scoring")
+    mode: str = option("window", "window: a chunk's context runs anew; streaming: it is kept, but for `refresh` tokens")
+    refresh: int = option(128, "streaming: tokens before a chunk that run anew")
+    step: str = option("auto", "how a step runs: graphs (CUDA graphs), eager, or auto: graphs on a GPU with kernels")
     batch_size: int = option(24, "documents adapted together")
     chunk_size: int = option(48, "tokens scored, then trained on, per step")
     short_chunks: str = option("256:8,2000:24", "longest document:chunk size, first match wins (empty: never)")
-    context: int = option(3072, "longest window, tokens")
+    context: int = option(3072, "longest window, tokens; streaming: the most that is kept")
     rank: int = option(80, "adapter rank")
     alpha: float = option(144.0, "adapter output is scaled by alpha / rank")
     lr: float = option(1e-4, "adapter learning rate")
@@ -256,13 +259,27 @@ class TTTConfig:
         sizes = ("batch_size", "chunk_size", "context", "rank", "grad_steps", "phases")
         for name in (*sizes, "global_chunk", "global_rows", "eval_seq_len"):
             require(getattr(self, name) > 0, f"ttt.{name} must be positive, got {getattr(self, name)}")
+        require(self.mode in ("window", "streaming"), f"ttt.mode must be window or streaming, got {self.mode!r}")
+        require(self.step in ("auto", "graphs", "eager"), f"ttt.step must be auto, graphs or eager, got {self.step!r}")
+        require(self.refresh >= 0, f"ttt.refresh must not be negative, got {self.refresh}")
         require(self.chunk_size <= self.context, "ttt.chunk_size must not exceed ttt.context")
         for length, chunk in self.chunk_table:
             require(length > 0 < chunk, f"ttt.short_chunks needs positive numbers, got {self.short_chunks!r}")
+        if self.mode == "streaming":
+            require(
+                self.refresh + self.largest_chunk <= self.context,
+                f"ttt.refresh and the largest chunk must fit in ttt.context together, got {self.refresh} and "
+                f"{self.largest_chunk} in {self.context}",
+            )
 
     @property
     def target_set(self) -> frozenset[str]:
         return frozenset(name for name in self.targets.split(",") if name)
+
+    @property
+    def largest_chunk(self) -> int:
+        """Tokens of the longest chunk that a rule allows."""
+        return max([self.chunk_size, *(chunk for _, chunk in self.chunk_table)])
 
     @property
     def chunk_table(self) -> tuple[tuple[int, int], ...]:

@@ -5,194 +5,45 @@ activations have that type throughout. There is no autocast.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
-from pgolf.ops.attention import attention
+from pgolf.layers import (
+    AdapterSet,
+    Context,
+    Hooks,
+    Layer,
+    Memory,
+    Observer,
+    Skip,
+    Stream,
+    block,
+    parallel_block,
+)
 from pgolf.ops.cross_entropy import cross_entropy
 from pgolf.ops.embed import embed
-from pgolf.ops.lanes import lanes as mix_lanes
-from pgolf.ops.mlp import mlp as fused_mlp
-from pgolf.ops.qk_rope import qk_rope
-from pgolf.ops.residual import Residual, norm_mean, residual
-from pgolf.ops.xsa_gate import xsa_gate
+from pgolf.ops.residual import norm_mean, residual
 
 BOS = 1
-
-# (names of matrices, what they read, what each gives); the embedding is told as input, with the ids that it reads, and
-# as head, whose outputs nobody has computed yet: ().
-Observer = Callable[[tuple[str, ...], Tensor, tuple[Tensor, ...]], None]
-
-
-class AdapterSet(Protocol):
-    """What test-time training plugs in: an addition to a projection's output, per document."""
-
-    def delta(self, target: str, slot: int, x: Tensor) -> Tensor | None:
-        """x [B, T, in] -> [B, T, out] for target q, k, v, o, mlp or head; None where there is no adapter."""
-
-
-class Layer(NamedTuple):
-    """One physical layer's weights: matrices in the compute type, the rest float32 masters."""
-
-    qkv: Tensor  # [D + 2 kv_dim, D]: query, key and value in one product
-    o: Tensor
-    up: Tensor
-    down: Tensor
-    q_gain: Tensor
-    gate: Tensor
-    attn_scale: Tensor
-    mlp_scale: Tensor
-    resid_mix: Tensor
-    norm_scale: float  # 1 / sqrt(i + 1)
-
-
-class Context(NamedTuple):
-    """What every layer of one forward pass shares."""
-
-    cos: Tensor  # float32 [T, rope_dims / 2]
-    sin: Tensor
-    cu_seqlens: Tensor | None
-    max_seqlen: int
-    gate_scale: float
-    kv_heads: int
-
-
-class Hooks(NamedTuple):
-    """What one executed layer lets others see and change; both None in training."""
-
-    delta: Callable[[str, Tensor], Tensor | None] | None = None  # an adapter's addition to a projection's output
-    observe: Observer | None = None  # sees what the matrices read and give
-
-    def add(self, target: str, x: Tensor, out: Tensor) -> Tensor:
-        """`out`, the projection `target` of x, with its adapter's addition."""
-        delta = None if self.delta is None else self.delta(target, x)
-        return out if delta is None else out + delta
-
-    def see(self, roles: tuple[str, ...], x: Tensor, *outputs: Tensor) -> None:
-        if self.observe is not None:
-            self.observe(roles, x, outputs)
-
-
-NO_HOOKS = Hooks()
-
-
-def attend(
-    n: Tensor, gate: Tensor | None, layer: Layer, context: Context, xsa: bool, hooks: Hooks = NO_HOOKS
-) -> Tensor:
-    """The attention branch: n [B, T, D] (normed, scaled), gate [B, T, H] -> [B, T, D]."""
-    qkv = F.linear(n, layer.qkv)
-    if hooks != NO_HOOKS:
-        kv_dim = (qkv.shape[-1] - n.shape[-1]) // 2
-        parts = qkv.split((n.shape[-1], kv_dim, kv_dim), dim=-1)
-        hooks.see(("attn.c_q", "attn.c_k", "attn.c_v"), n, *parts)
-        qkv = torch.cat([hooks.add(target, n, part) for target, part in zip("qkv", parts, strict=True)], dim=-1)
-    q, k, v, v_self = qk_rope(qkv, layer.q_gain, context.cos, context.sin, context.kv_heads)
-    y = xsa_gate(attention(q, k, v, context.cu_seqlens, context.max_seqlen), v_self, gate, xsa)
-    out = F.linear(y, layer.o)
-    hooks.see(("attn.proj",), y, out)
-    return hooks.add("o", n, out)
-
-
-def mlp(n: Tensor, layer: Layer, hooks: Hooks = NO_HOOKS) -> Tensor:
-    """The MLP branch: down(leaky_relu(up(n), 0.5) squared), n [B, T, D] -> [B, T, D]."""
-    if hooks.observe is None:
-        out = fused_mlp(n, layer.up, layer.down)
-    else:
-        up = F.linear(n, layer.up)
-        hooks.see(("mlp.fc",), n, up)
-        hidden = F.leaky_relu(up, 0.5).square()
-        out = F.linear(hidden, layer.down)
-        hooks.see(("mlp.proj",), hidden, out)
-    return hooks.add("mlp", n, out)
-
-
-class Stream(NamedTuple):
-    """The residual stream between two layers: x [B, T, D], to which `branch`, scaled, is still to be added.
-
-    The layer that comes next adds it in the pass over the tokens that it makes anyway.
-    """
-
-    x: Tensor
-    x0: Tensor  # the embeddings, which every layer mixes in
-    branch: Tensor | None = None
-    branch_scale: Tensor | None = None
-
-
-class Skip(NamedTuple):
-    """The output of an encoder layer on its way to a decoder layer: lerp(weight * x, stream, sigmoid(gate))."""
-
-    x: Tensor | None  # None: the stream itself, the last encoder layer's output
-    weight: Tensor  # [D]
-    gate: Tensor  # [D]
-
-
-def enter(stream: Stream, skip: Skip | None, layer: Layer, context: Context, **keep: bool) -> Residual:
-    """All that a layer adds to the stream before its attention, with what attention reads; `keep` as in `residual`."""
-    skip_x, skip_weight, skip_gate = skip or (None, None, None)
-    return residual(
-        stream.x,
-        branch=stream.branch,
-        branch_scale=stream.branch_scale,
-        skip=skip_x,
-        skip_weight=skip_weight,
-        skip_gate=skip_gate,
-        x0=stream.x0,
-        mix=layer.resid_mix,
-        gate_weight=layer.gate,
-        gate_scale=context.gate_scale,
-        norm_scale=layer.norm_scale,
-        **keep,
-    )
-
-
-def block(
-    stream: Stream,
-    skip: Skip | None,
-    layer: Layer,
-    context: Context,
-    xsa: bool,
-    keep: bool = False,
-    hooks: Hooks = NO_HOOKS,
-) -> tuple[Stream, Tensor | None]:
-    """A sequential layer: attention, then MLP. With `keep` also returns the stream as it came in, all added."""
-    entered = enter(stream, skip, layer, context, keep_sum=keep)
-    a = attend(entered.normed, entered.gate, layer, context, xsa, hooks)
-    middle = residual(entered.stream, branch=a, branch_scale=layer.attn_scale, norm_scale=layer.norm_scale)
-    m = mlp(middle.normed, layer, hooks)
-    return Stream(middle.stream, entered.x0, m, layer.mlp_scale), entered.sum
-
-
-def parallel_block(
-    lane0: Stream,
-    lane1: Tensor | None,
-    skip: Skip | None,
-    layer: Layer,
-    post: Tensor,
-    resid: Tensor,
-    context: Context,
-    xsa: bool,
-    hooks: Hooks = NO_HOOKS,
-) -> tuple[Stream, Tensor]:
-    """A parallel layer: attention reads lane 0, the MLP lane 1; both write to both. post [2, 2], resid [2].
-
-    In the first one lane1 is None: both lanes begin as the stream, and the skip goes into lane 0 only.
-    """
-    entered = enter(lane0, skip, layer, context, keep_sum=lane1 is None, keep_blend=True, keep_stream=False)
-    other = residual(entered.sum if lane1 is None else lane1, norm_scale=layer.norm_scale)
-    a = attend(entered.normed, entered.gate, layer, context, xsa, hooks)
-    m = mlp(other.normed, layer, hooks)
-    out0, out1 = mix_lanes(entered.blend, other.stream, a, m, layer.attn_scale, layer.mlp_scale, post, resid)
-    return Stream(out0, entered.x0), out1
 
 
 def softcapped_cross_entropy(h: Tensor, embedding: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Mean cross-entropy in nats of cap * tanh(z / cap), z = h embedding^T, in float32. h [.., D], targets [..]."""
     return cross_entropy(h, embedding.to(h.dtype), targets, cap)
+
+
+class Weights(NamedTuple):
+    """The network's matrices as a forward pass takes them: layers' in the compute type, those of all layers stacked."""
+
+    embedding: Tensor  # [V, D], float32 or the compute type
+    qkv: Tensor  # [L, D + 2 kv_dim, D]
+    o: Tensor
+    up: Tensor
+    down: Tensor
 
 
 class _Attention(nn.Module):
@@ -274,12 +125,31 @@ class GPT(nn.Module):
         """Executed layers: one adapter set each."""
         return sum(map(len, self.order()))
 
-    def _layers(self, dtype: torch.dtype) -> list[Layer]:
-        count = self.config.num_layers
+    def weights(self) -> Weights:
+        """The matrices of one forward pass, differentiable."""
+        count, dtype = self.config.num_layers, self.dtype
         qo, kv = self.qo_bank.to(dtype), self.kv_bank.to(dtype)
+        qkv = torch.cat((qo[:count], kv[:count], kv[count:]), dim=1)
+        up, down = self.mlp_up_bank.to(dtype), self.mlp_down_bank.to(dtype)
+        return Weights(self.tok_emb.weight, qkv, qo[count:], up, down)
+
+    @torch.no_grad()
+    def frozen_weights(self, out: Weights | None = None) -> Weights:
+        """The matrices in the compute type for many forward passes, made once and without gradients.
+
+        After the parameters have moved they are made anew in the memory of `out`, which captured graphs read.
+        """
+        made = self.weights()
+        made = Weights(made.embedding.to(self.dtype), *made[1:])
+        if out is None:
+            return Weights(*(tensor.detach() for tensor in made))
+        for old, new in zip(out, made, strict=True):
+            old.copy_(new)
+        return out
+
+    def _layers(self, weights: Weights) -> list[Layer]:
         # unbind, not indexing: its backward is one stack instead of a full-size zero bank per layer
-        qkv = torch.cat((qo[:count], kv[:count], kv[count:]), dim=1).unbind()
-        o, up, down = (bank.unbind() for bank in (qo[count:], self.mlp_up_bank.to(dtype), self.mlp_down_bank.to(dtype)))
+        qkv, o, up, down = (bank.unbind() for bank in (weights.qkv, weights.o, weights.up, weights.down))
         layers = []
         for i, part in enumerate(cast(list[_Block], list(self.blocks))):
             attn, norm_scale = part.attn, 1 / math.sqrt(i + 1)
@@ -287,12 +157,13 @@ class GPT(nn.Module):
             layers.append(Layer(qkv[i], o[i], up[i], down[i], *small, norm_scale))
         return layers
 
-    def _context(self, length: int, cu_seqlens: Tensor | None, max_seqlen: int | None, device: torch.device) -> Context:
-        config = self.config
+    def _context(self, positions: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Context:
+        config, device = self.config, positions.device
         exponent = torch.arange(0, config.rope_dims, 2, device=device, dtype=torch.float32) / max(config.rope_dims, 1)
-        angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * (config.rope_base**-exponent)
+        angle = positions[:, None] * (config.rope_base**-exponent)
+        longest = max_seqlen or len(positions)
         gate_scale = config.sparse_attn_gate_scale
-        return Context(angle.cos(), angle.sin(), cu_seqlens, max_seqlen or length, gate_scale, config.num_kv_heads)
+        return Context(angle.cos(), angle.sin(), cu_seqlens, longest, gate_scale, config.num_kv_heads)
 
     def hidden(
         self,
@@ -300,19 +171,27 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         adapters: AdapterSet | None = None,
+        weights: Weights | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         """Final-norm outputs [B, T, D] of token ids [B, T] int64.
 
         `cu_seqlens` int32 [S+1] cuts one packed row (B = 1) into segments that cannot see each other; None makes
-        each row one segment. `max_seqlen` (tokens) bounds the longest segment.
+        each row one segment. `max_seqlen` (tokens) bounds the longest segment. `weights` are used in place of the
+        parameters' own. With `memory`, ids are [B, 1 + T] and each row goes on where earlier calls ended.
         """
         config = self.config
-        x0 = embed(ids, self.tok_emb.weight, self.smear_gate.weight, self.smear_lambda, BOS, self.dtype)
+        weights = self.weights() if weights is None else weights
+        x0 = embed(ids, weights.embedding, self.smear_gate.weight, self.smear_lambda, BOS, self.dtype)
+        if memory is not None:
+            x0 = x0[:, 1:].contiguous()
         if self.observer is not None:
             self.observer(("tok_emb.weight",), ids, (x0,))
-        context = self._context(ids.shape[1], cu_seqlens, max_seqlen, ids.device)
-        layers = self._layers(self.dtype)
-        plain = adapters is None and self.observer is None
+        length = x0.shape[1]
+        positions = torch.arange(length, device=ids.device, dtype=torch.float32)
+        context = self._context(positions if memory is None else memory.positions(length), cu_seqlens, max_seqlen)
+        layers = self._layers(weights)
+        plain = adapters is None and self.observer is None and memory is None
         run_block, run_parallel = (self._block, self._parallel_block) if plain else (block, parallel_block)
         skip_weights, skip_gates = self.skip_weights.unbind(), self.skip_gates.unbind()
         posts, resids = self.parallel_post_lambdas.unbind(), self.parallel_resid_lambdas.unbind()
@@ -322,7 +201,7 @@ class GPT(nn.Module):
         lanes: tuple[Stream, Tensor] | None = None
         for slot, i in enumerate((*encoder, *decoder)):
             step = slot - len(encoder)
-            xsa, hooks = i >= config.num_layers - config.xsa_last_n, self._hooks(adapters, slot, i)
+            xsa, hooks = i >= config.num_layers - config.xsa_last_n, self._hooks(adapters, memory, slot, i)
             skip = None
             if 0 <= step < min(len(encoder), len(skip_weights)):
                 skip = Skip(stack.pop() if step else None, skip_weights[step], skip_gates[step])
@@ -342,23 +221,24 @@ class GPT(nn.Module):
             self.observer(("tok_emb.weight",), h, ())
         return h
 
-    def _hooks(self, adapters: AdapterSet | None, slot: int, i: int) -> Hooks:
+    def _hooks(self, adapters: AdapterSet | None, memory: Memory | None, slot: int, i: int) -> Hooks:
         """The hooks of one executed layer; none on the plain path, so that it compiles alone."""
         observer = self.observer
         return Hooks(
-            None if adapters is None else lambda target, x: adapters.delta(target, slot, x),
+            None if adapters is None else lambda targets, x, out: adapters.add(targets, slot, x, out),
             None if observer is None else lambda roles, x, outputs: observer(_weights(i, roles), x, outputs),
+            None if memory is None else lambda q, k, v: memory.attend(slot, q, k, v),
         )
 
-    def raw_logits(self, h: Tensor, adapters: AdapterSet | None = None) -> Tensor:
+    def raw_logits(self, h: Tensor, adapters: AdapterSet | None = None, weights: Weights | None = None) -> Tensor:
         """Logits before any softcap: h [B, T, D] -> [B, T, V] in h's type."""
-        logits = F.linear(h, self.tok_emb.weight.to(h.dtype))
-        delta = None if adapters is None else adapters.delta("head", 0, h)
-        return logits if delta is None else logits + delta
+        embedding = self.tok_emb.weight if weights is None else weights.embedding
+        logits = F.linear(h, embedding.to(h.dtype))
+        return logits if adapters is None else adapters.add(("head",), 0, h, logits)
 
-    def eval_logits(self, h: Tensor, adapters: AdapterSet | None = None) -> Tensor:
+    def eval_logits(self, h: Tensor, adapters: AdapterSet | None = None, weights: Weights | None = None) -> Tensor:
         """Logits as scored, float32: softcap_pos above zero, softcap_neg elsewhere."""
-        z = self.raw_logits(h, adapters).float()
+        z = self.raw_logits(h, adapters, weights).float()
         cap = torch.where(z > 0, self.softcap_pos, self.softcap_neg)
         return cap * torch.tanh(z / cap)
 

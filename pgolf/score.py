@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pgolf.errors import PgolfError
-from pgolf.model import BOS, GPT, AdapterSet
+from pgolf.layers import AdapterSet
+from pgolf.model import BOS, GPT, Weights
 from pgolf.ops.cross_entropy import token_losses as fused_token_losses
 
 HEAD_ROWS = 4096  # positions whose logits exist at once: 4096 x 8192 float32 are 134 MB
@@ -121,12 +122,14 @@ def pad_boundaries(edges: NDArray, device: torch.device) -> Tensor:
     return torch.from_numpy(padded).to(device)
 
 
-def token_losses(model: GPT, hidden: Tensor, targets: Tensor, adapters: AdapterSet | None = None) -> Tensor:
+def token_losses(
+    model: GPT, hidden: Tensor, targets: Tensor, adapters: AdapterSet | None = None, weights: Weights | None = None
+) -> Tensor:
     """Evaluation loss in nats, float32: hidden [B, T, D], targets [B, T] -> [B, T]; logits as softcapped in eval."""
     if adapters is None and hidden.is_cuda and not torch.is_grad_enabled():
-        weight = model.tok_emb.weight.to(hidden.dtype)
-        return fused_token_losses(hidden, weight, targets, model.softcap_pos, model.softcap_neg)
-    logits = model.eval_logits(hidden, adapters=adapters)
+        embedding = model.tok_emb.weight if weights is None else weights.embedding
+        return fused_token_losses(hidden, embedding.to(hidden.dtype), targets, model.softcap_pos, model.softcap_neg)
+    logits = model.eval_logits(hidden, adapters=adapters, weights=weights)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 

@@ -207,7 +207,7 @@ def test_scoring_code_holds_what_it_imports_and_nothing_of_training():
     found = source.reachable(source.ROOTS)
     packages = {"data", "ops"}  # bare packages
     assert python - packages <= found
-    assert {"loading", "artifact", "codec", "model", "score", "ttt", "lora", "dequantize"} <= found
+    assert {"loading", "artifact", "codec", "model", "score", "ttt", "ttt.adapters", "dequantize"} <= found
     heads = {name.split(".")[0] for name in found}
     assert heads.isdisjoint(
         {"train", "optim", "quantize", "checkpoint", "pipeline", "cli", "recipes", "demo", "testing"}

@@ -14,7 +14,10 @@ from pgolf import parallel, score, ttt
 from pgolf.config import ModelConfig, TTTConfig
 from pgolf.errors import PgolfError
 from pgolf.model import BOS, GPT
-from pgolf.ttt_global import cosine_lr, global_phase
+from pgolf.ttt import planning
+from pgolf.ttt.adapters import Adapters
+from pgolf.ttt.engine import Engine
+from pgolf.ttt.phase import cosine_lr, global_phase
 
 MODEL = ModelConfig(
     num_layers=4, model_dim=16, num_heads=2, num_kv_heads=1, vocab_size=32, mlp_mult=2.0, rope_dims=4,
@@ -129,7 +132,7 @@ def test_golden_windows(golden):
     context = int(note.strip("()").partition("=")[2])
     for row in archive["ttt_windows"].tolist():
         at = dict(zip(names.split(","), row, strict=True))
-        table = ttt.windows(at["pred_len"], at["chunk_size"], context)
+        table = planning.windows(at["pred_len"], at["chunk_size"], context)
         assert len(table) == at["num_chunks"]
         expected = (at["win_start"], at["win_len"], at["chunk_offset"], at["chunk_len"])
         assert table[at["chunk_index"]] == expected
@@ -214,13 +217,13 @@ def test_loss_is_recorded_before_the_step():
 
 
 def test_recording_after_the_step_is_caught(monkeypatch):
-    honest = ttt._Run._chunk
+    honest = Engine._step
 
     def train_first(self, *arguments):
         honest(self, *arguments)
-        return honest(self, *arguments)
+        honest(self, *arguments)
 
-    monkeypatch.setattr(ttt._Run, "_chunk", train_first)
+    monkeypatch.setattr(Engine, "_step", train_first)
     assert not first_chunks_are_unadapted(lr=1.0)
 
 
@@ -228,8 +231,8 @@ def test_recording_after_the_step_is_caught(monkeypatch):
 def test_steps_before_a_chunk(grad_steps, monkeypatch):
     """A batch steps `grad_steps` times after every chunk but the last of its longest document."""
     steps = []
-    honest = ttt.Adapters.step
-    monkeypatch.setattr(ttt.Adapters, "step", lambda self: (steps.append(1), honest(self)))
+    honest = Adapters.step
+    monkeypatch.setattr(Adapters, "step", lambda self: (steps.append(1), honest(self)))
     tokens, _ = stream((9, 10))
     losses_of(tokens, with_config(grad_steps=grad_steps))
     assert len(steps) == 2 * grad_steps  # 9 targets each (with the following BOS; without): chunks of 4, 4, 1
@@ -273,8 +276,8 @@ def test_bfloat16_is_close_to_float32():
 
 @pytest.mark.parametrize("edit", [lambda table: table[:-1], lambda table: [*table, table[0]]])
 def test_a_target_missed_or_counted_twice_is_caught(edit, monkeypatch):
-    honest = ttt.windows
-    monkeypatch.setattr(ttt, "windows", lambda *sizes: edit(honest(*sizes)))
+    honest = planning.windows
+    monkeypatch.setattr(planning, "windows", lambda *sizes: edit(honest(*sizes)))
     with pytest.raises(PgolfError, match="not scored exactly once"):
         losses_of(stream()[0])
 
@@ -283,35 +286,35 @@ def test_a_target_missed_or_counted_twice_is_caught(edit, monkeypatch):
 
 
 def test_documents():
-    assert ttt.find_documents(np.array([1, 5, 6, 1, 1, 7])) == [(0, 4), (3, 2), (4, 2)]
-    assert ttt.find_documents(np.array([1, 5, 1])) == [(0, 3)]  # a last BOS predicts nothing
+    assert planning.find_documents(np.array([1, 5, 6, 1, 1, 7])) == [(0, 4), (3, 2), (4, 2)]
+    assert planning.find_documents(np.array([1, 5, 1])) == [(0, 3)]  # a last BOS predicts nothing
     with pytest.raises(PgolfError, match="starts with BOS"):
-        ttt.find_documents(np.array([5, 1, 5]))
+        planning.find_documents(np.array([5, 1, 5]))
 
 
 def test_chunk_size_follows_the_first_matching_rule():
     config = TTTConfig()
-    assert [ttt.chunk_size(n, config) for n in (2, 256, 257, 2000, 2001)] == [8, 8, 24, 24, 48]
+    assert [planning.chunk_size(n, config) for n in (2, 256, 257, 2000, 2001)] == [8, 8, 24, 24, 48]
 
 
 def test_plan_runs_longest_first_and_trains_on_the_shortest_scored():
-    documents = [ttt.Document(0, length) for length in (5, 9, 5, 7, 3, 8, 2)]
-    stages = ttt.plan(documents, with_config(batch_size=3, prefix_docs=6, phases=2))
+    documents = [planning.Document(0, length) for length in (5, 9, 5, 7, 3, 8, 2)]
+    stages = planning.plan(documents, with_config(batch_size=3, prefix_docs=6, phases=2))
     batches = [batch.tolist() for stage in stages for batch in stage.batches]
     assert batches == [[1], [2, 3, 5], [6, 4, 0]]  # ascending inside; the partial batch is the longest
     assert [stage.prefix.tolist() for stage in stages] == [[2, 3, 5], [6, 4, 0, 2, 3, 5]]
 
 
 def test_plan_without_global_phases():
-    documents = [ttt.Document(0, 5)] * 4
+    documents = [planning.Document(0, 5)] * 4
     for changes in ({"prefix_docs": 0}, {"prefix_docs": 9}):
-        stages = ttt.plan(documents, with_config(batch_size=3, **changes))
+        stages = planning.plan(documents, with_config(batch_size=3, **changes))
         assert len(stages) == 1 and len(stages[0].prefix) == 0
 
 
 def test_deal_balances():
-    assert ttt.deal([9, 4, 3, 3, 2], 2) == [[0, 4], [1, 2, 3]]
-    assert ttt.deal([1.0, 1.0, 1.0], 1) == [[0, 1, 2]]
+    assert planning.deal([9, 4, 3, 3, 2], 2) == [[0, 4], [1, 2, 3]]
+    assert planning.deal([1.0, 1.0, 1.0], 1) == [[0, 1, 2]]
 
 
 def test_partial_batch_leaves_the_kept_adapters_alone():

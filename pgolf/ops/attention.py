@@ -156,6 +156,36 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Ten
     return _Restore.apply(out.flatten(0, 1), *layout)[None]
 
 
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, used: Tensor) -> Tensor:
+    """Attention of the last T of used[b] tokens of each row over all of them, causally.
+
+    q [B, T, Hq, d]; k, v [B, capacity, Hk, d], of which row b holds used[b] >= T tokens (int32 [B], read on the
+    device); what lies behind must be finite. Returns [B, T, Hq, d]. The gradients of k and v are defined only where a
+    token is. FA3 where it is the backend in use and takes q's type, else `cached_reference`.
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if not _resolved:
+            choose()
+        if _active is not None and _active is _load("fa3"):
+            (batch, length), capacity = q.shape[:2], k.shape[1]
+            starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+            flash = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+            rows = (x.flatten(0, 1) for x in (q, k, v))
+            bounds = (starts * length, starts * capacity, length, capacity)
+            return flash(*rows, *bounds, seqused_k=used, causal=True).view_as(q)  # type: ignore[no-any-return]
+    return cached_reference(q, k, v, used)
+
+
+def cached_reference(q: Tensor, k: Tensor, v: Tensor, used: Tensor) -> Tensor:
+    """`cached_attention` in plain PyTorch, one dense SDPA with a mask."""
+    length = q.shape[1]
+    last = used[:, None] - length + torch.arange(length, device=q.device)  # what each query may see at most
+    seen = torch.arange(k.shape[1], device=q.device) <= last[..., None]
+    k, v = _repeat_heads(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
+
+
 def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     groups = q.shape[-2] // k.shape[-2]
     return k.repeat_interleave(groups, dim=-2), v.repeat_interleave(groups, dim=-2)
