@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -93,7 +94,9 @@ def attend(
     qkv = F.linear(n, layer.qkv)
     if hooks.observe is not None:
         kv_dim = (qkv.shape[-1] - n.shape[-1]) // 2
-        hooks.see(("attn.c_q", "attn.c_k", "attn.c_v"), n, *qkv.split((n.shape[-1], kv_dim, kv_dim), dim=-1))
+        parts = qkv.split((n.shape[-1], kv_dim, kv_dim), dim=-1)
+        hooks.see(("attn.c_q", "attn.c_k", "attn.c_v"), n, *parts)
+        qkv = torch.cat(parts, dim=-1)  # of the parts: the observer may wait for their gradients
     qkv = hooks.add(("q", "k", "v"), n, qkv)
     q, k, v, v_self = qk_rope(qkv, layer.q_gain, context.cos, context.sin, context.kv_heads)
     if hooks.remember is None:

@@ -37,7 +37,8 @@ RECORD = {
     "ttt.weight_decay": 0.5, "ttt.beta1": 0.0, "ttt.beta2": 0.99, "ttt.targets": "k,o,mlp,head",
     "ttt.grad_steps": 1, "ttt.prefix_docs": 2500, "ttt.phases": 1, "ttt.global_chunk": 32768,
     "ttt.global_lr": 0.001, "ttt.global_momentum": 0.9, "ttt.global_epochs": 1, "ttt.global_rows": 32,
-    "ttt.global_clip": 1.0, "ttt.eval_seq_len": 3072, "seed": 42,
+    "ttt.global_clip": 1.0, "ttt.eval_seq_len": 3072, "ttt.mode": "window", "ttt.refresh": 128, "ttt.step": "auto",
+    "seed": 42,
 }  # fmt: skip
 
 
@@ -199,6 +200,9 @@ def test_overrides_are_checked_together_and_the_last_one_wins():
         ("ttt.short_chunks=256-8", r"ttt\.short_chunks must look like"),
         ("ttt.short_chunks=256:0", r"ttt\.short_chunks"),
         ("ttt.global_rows=0", r"ttt\.global_rows"),
+        ("ttt.mode=fast", r"ttt\.mode must be window or streaming, got 'fast'"),
+        ("ttt.step=compiled", r"ttt\.step must be auto, graphs or eager, got 'compiled'"),
+        ("ttt.refresh=-1", r"ttt\.refresh must not be negative, got -1"),
         ("ttt.eval_seq_len=0", r"ttt\.eval_seq_len"),
     ],
 )

@@ -121,6 +121,46 @@ def test_initial_a_is_uniform_and_repeatable():
     assert float(wide.std()) == pytest.approx(0.1 / 3**0.5, rel=0.01)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_gradients_are_those_of_autograd(first):
+    """Written straight to their places by the backward pass, of all targets that read the same x as well."""
+    lora, generator = adapters(), torch.Generator().manual_seed(1)
+    weights = lora.named()
+    for tensor in weights.values():
+        tensor.normal_(generator=generator)
+    x, base, other = (torch.randn(3 - first, 5, width, generator=generator) for width in (16, 32, 16))
+    plain = {name: tensor[first:].clone().requires_grad_() for name, tensor in weights.items()}
+
+    def product(name: str, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * x @ plain[f"{name}.A"].mT @ plain[f"{name}.B"].mT
+
+    expected_x = x.clone().requires_grad_()
+    expected = base + torch.cat([product(f"{target}_loras.0", expected_x) for target in "qkv"], dim=-1)
+    expected_o = other + product("o_loras.0", expected_x)
+    (expected.square().sum() + expected_o.square().sum()).backward()
+
+    found_x, rows = x.clone().requires_grad_(), lora.rows(first)
+    found = rows.add(("q", "k", "v"), 0, found_x, base.clone())
+    found_o = rows.add(("o",), 0, found_x, other.clone())
+    (found.square().sum() + found_o.square().sum()).backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found_o, expected_o, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found_x.grad, expected_x.grad, rtol=1e-4, atol=1e-3)
+    for name, grad in lora.named_grads().items():
+        if plain[name].grad is None:
+            assert not grad.any(), name
+        else:
+            torch.testing.assert_close(grad[first:], plain[name].grad, rtol=1e-4, atol=1e-3)
+            assert not grad[:first].any()
+
+
+def test_a_projection_that_is_kept_for_a_backward_pass_is_not_changed_unnoticed():
+    out = torch.randn(3, 5, 16, requires_grad=True).exp()  # whose backward reads its result
+    lora = adapters()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        lora.rows().add(("o",), 0, torch.ones(3, 5, 16), out).sum().backward()
+
+
 def test_step_matches_adamw_written_out_and_decays_left_out_documents():
     lora = adapters()
     names = list(lora.named())
@@ -156,6 +196,31 @@ def test_start_batch_keeps_a_and_reset_returns_it():
         each.step()
     for name, tensor in fresh.named().items():
         assert torch.equal(tensor, lora.named()[name]), name
+
+
+def test_a_copy_in_the_compute_type_follows_the_weights():
+    lora = Adapters(MODEL, GPT(MODEL).slots, CONFIG, 3, uniform_a(0), dtype=torch.bfloat16)
+    x = torch.ones(3, 5, 16, dtype=torch.bfloat16)
+
+    def same() -> bool:
+        return torch.equal(lora.seen, torch.cat([t.flatten() for t in weights_in_order()]).bfloat16())
+
+    def weights_in_order() -> list[torch.Tensor]:
+        views = lora.views(lora._weight)
+        return [*views.a.values(), *views.b.values()]
+
+    def take_step() -> None:
+        lora.rows().add(("o",), 0, x, torch.zeros(3, 5, 16, dtype=torch.bfloat16)).sum().backward()
+        lora.step()
+
+    def load() -> None:
+        lora.load({name: tensor + 1 for name, tensor in adapters().named().items()})
+
+    for change in (take_step, take_step, lora.start_batch, lora.reset_a, load):
+        before = lora.seen.clone()
+        change()
+        assert same() and not torch.equal(before, lora.seen)
+    assert lora.grad.dtype == torch.bfloat16
 
 
 def test_refusals():

@@ -68,17 +68,21 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """Add scale * xa B^T to the columns of `out` from `first` on, in place; the gradient of B goes to `grad_b`."""
+    """Add scale * xa B^T to the columns of `out` from `first` on, in its memory; the gradient of B goes to `grad_b`.
+
+    Not marked as changed, since autograd lets nobody change what another operator returns as a view. Whoever kept
+    `out` for a backward pass still gets an error: the result counts changes together with it.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, out: Tensor, xa: Tensor, b: Tensor, grad_b: Tensor, scale: float, first: int
     ) -> Tensor:
-        ctx.mark_dirty(out)
         ctx.save_for_backward(xa, b)
         ctx.grad_b, ctx.scale, ctx.first = grad_b, scale, first
-        out.narrow(-1, first, b.shape[1]).baddbmm_(xa, b.mT, alpha=scale)
-        return out
+        result = out.detach()
+        result.narrow(-1, first, b.shape[1]).baddbmm_(xa, b.mT, alpha=scale)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

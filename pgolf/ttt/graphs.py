@@ -34,7 +34,7 @@ class Graphs:
 
         The largest first: what the smaller ones take then fits into its memory, which a larger one could not reuse.
         """
-        for shape in sorted(set(shapes) - self._graphs.keys(), key=lambda s: s.rows * s.inputs, reverse=True):
+        for shape in sorted(set(shapes) - self._graphs.keys(), key=_size, reverse=True):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 run(shape)
@@ -43,3 +43,8 @@ class Graphs:
     def replay(self, shape: Shape) -> None:
         """Run a captured shape."""
         self._graphs[shape].replay()
+
+
+def _size(shape: Shape) -> tuple[int, bool]:
+    """What the memory of a step goes by."""
+    return shape.rows * shape.inputs, shape.learn

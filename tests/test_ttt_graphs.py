@@ -1,0 +1,137 @@
+"""Test-time training on a GPU: graphs do what eager steps of the same shapes do, and share their memory."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf import ttt
+from pgolf.config import ModelConfig, TTTConfig
+from pgolf.errors import PgolfError
+from pgolf.model import BOS, GPT
+from pgolf.ops import _native, attention
+from pgolf.ttt import planning
+from pgolf.ttt.engine import step_way
+from pgolf.ttt.graphs import Graphs
+
+MODEL = ModelConfig(
+    num_layers=6, model_dim=128, num_heads=2, num_kv_heads=1, vocab_size=320, loop_start=1, loop_end=2,
+    parallel_start_layer=4, xsa_last_n=5,
+)  # fmt: skip
+LENGTHS = (700, 3, 300, 290, 150, 90, 1, 20, 5, 1, 64)
+CONFIG = TTTConfig(
+    batch_size=4, chunk_size=16, short_chunks="20:4,100:8", context=256, refresh=32, rank=8, alpha=16.0, lr=0.01,
+    eps=0.01, prefix_docs=7, global_chunk=128, global_lr=0.02, eval_seq_len=128,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    if not torch.cuda.is_available() or _native.why_not(torch.device("cuda", 0)):
+        pytest.skip("needs a CUDA GPU with pgolf kernels")
+    return torch.device("cuda", 0)
+
+
+def model_on(device: torch.device) -> GPT:
+    model = GPT(MODEL).initialize(1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():  # at their initial zeros half of the weights get no gradient
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    model.dtype = torch.bfloat16
+    return model.to(device)
+
+
+def stream() -> np.ndarray:
+    random = np.random.default_rng(0)
+    return np.concatenate([[BOS, *random.integers(8, 320, length - 1)] for length in LENGTHS]).astype(np.uint16)
+
+
+def losses_of(device: torch.device, **changes) -> tuple[np.ndarray, torch.Tensor]:
+    """The loss of every target, and the embedding as the global phase left it."""
+    tokens, model = stream(), model_on(device)
+    losses = np.full(len(tokens) - 1, np.nan)
+    ttt.evaluate(model, tokens, np.ones(len(tokens)), dataclasses.replace(CONFIG, **changes), seed=0, losses=losses)
+    return losses, model.tok_emb.weight.detach().clone()
+
+
+def test_the_way_a_step_is_made() -> None:
+    cpu = torch.device("cpu")
+    assert step_way(CONFIG, cpu) == step_way(dataclasses.replace(CONFIG, step="eager"), cpu) == "eager"
+    with pytest.raises(PgolfError, match=r"ttt\.step=graphs needs a CUDA GPU"):
+        step_way(dataclasses.replace(CONFIG, step="graphs"), cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"grad_steps": 2}, {"beta1": 0.5}, {"prefix_docs": 0}])
+@pytest.mark.parametrize("mode", ["window", "streaming"])
+def test_graphs_do_what_eager_does(mode, changes, gpu, monkeypatch) -> None:
+    """Also after the global phase, which moves the weights that the graphs read."""
+    graphed, moved = losses_of(gpu, mode=mode, step="graphs", **changes)
+    exact, _ = losses_of(gpu, mode=mode, step="eager", **changes)
+    honest = planning.steps
+    monkeypatch.setattr("pgolf.ttt.evaluation.steps", lambda documents, config, few: honest(documents, config, True))
+    eager, expected = losses_of(gpu, mode=mode, step="eager", **changes)
+    plain, _ = losses_of(gpu, mode=mode, step="eager", **changes | {"lr": 0.0})
+    adapted = np.abs(eager - plain).mean()
+    assert np.abs(graphed - eager).mean() < 0.1 * adapted
+    assert np.abs(exact - eager).mean() < 0.3 * adapted
+    assert graphed.mean() == pytest.approx(eager.mean(), rel=1e-3) == pytest.approx(exact.mean(), rel=2e-3)
+    change = (expected - model_on(gpu).tok_emb.weight).norm()
+    assert (moved - expected).norm() <= 0.1 * change
+    assert (change > 0) == (changes.get("prefix_docs") != 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["window", "streaming"])
+def test_a_gpu_scores_as_the_cpu(mode, gpu) -> None:
+    found, _ = losses_of(gpu, mode=mode)
+    reference, _ = losses_of(torch.device("cpu"), mode=mode)
+    assert found.mean() == pytest.approx(reference.mean(), rel=5e-3)
+
+
+@pytest.mark.gpu
+def test_attention_over_a_memory(gpu) -> None:
+    """Values and gradients against float32, over part of the memory; the kernel reads nothing that is not used."""
+    generator = torch.Generator(gpu).manual_seed(0)
+    shapes = ((3, 40, 4, 64), (3, 192, 2, 64), (3, 192, 2, 64))
+    inputs = [torch.randn(shape, generator=generator, device=gpu).bfloat16() for shape in shapes]
+    used = torch.tensor([40, 101, 192], dtype=torch.int32, device=gpu)
+    weight = torch.randn(shapes[0], generator=generator, device=gpu)
+    results = []
+    for dtype, function in ((torch.bfloat16, attention.cached_attention), (torch.float32, attention.cached_reference)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = function(*leaves, used)
+        (out.float() * weight).sum().backward()
+        grads = [leaf.grad.float() for leaf in leaves]
+        for grad in grads[1:]:
+            for row, count in enumerate(used.tolist()):
+                grad[row, count:] = 0  # not defined
+        results.append((out.detach().float(), *grads))
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_graphs_share_their_memory(gpu) -> None:
+    """All sizes together take little more than the largest alone."""
+    graphs = Graphs(gpu)
+
+    def run(shape: planning.Shape) -> None:
+        values = torch.zeros(shape.rows * shape.inputs * 1024, device=gpu)
+        for _ in range(5):
+            values = torch.cat((values, values))[::2].contiguous()
+
+    sizes = [planning.bucket(tokens, 3072) for tokens in range(64, 3073, 64)]
+    shapes = [planning.Shape(rows, size, 8, learn) for rows in (2, 4) for size in sizes for learn in (False, True)]
+    graphs.warm_up(run, shapes[0])
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(gpu)
+    graphs.capture(run, [max(shapes)])
+    largest = torch.cuda.memory_reserved(gpu) - before
+    graphs.capture(run, shapes)
+    assert torch.cuda.memory_reserved(gpu) - before < 1.3 * largest
+    for shape in shapes:
+        graphs.replay(shape)
+    torch.cuda.synchronize(gpu)
