@@ -22,10 +22,11 @@ Observer = Callable[[tuple[str, ...], Tensor, tuple[Tensor, ...]], None]
 class AdapterSet(Protocol):
     """What test-time training plugs in: additions to projections' outputs, per document."""
 
-    def add(self, targets: tuple[str, ...], slot: int, x: Tensor, out: Tensor) -> Tensor:
+    def add(self, targets: tuple[str, ...], slot: int, x: Tensor, out: Tensor, places: Tensor | None = None) -> Tensor:
         """`out` [B, T, widths of the targets side by side] with what their adapters make of x [B, T, in].
 
-        Targets are q, k, v, o, mlp and head; one without an adapter stays as it is. `out` may be written to.
+        Targets are q, k, v, o, mlp and head; one without an adapter stays as it is. `out` may be written to. With
+        `places` [B, N], `out` is [B, N, ..], of these places of x.
         """
 
 
@@ -71,13 +72,19 @@ class Context(NamedTuple):
 class Hooks(NamedTuple):
     """What one executed layer lets others see and change; all None in training."""
 
-    adapt: Callable[[tuple[str, ...], Tensor, Tensor], Tensor] | None = None  # `AdapterSet.add` of this slot
+    # `AdapterSet.add` of this slot
+    adapt: Callable[[tuple[str, ...], Tensor, Tensor, Tensor | None], Tensor] | None = None
     observe: Observer | None = None  # sees what the matrices read and give
     remember: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # `Memory.attend` of this slot
+    places: Tensor | None = None  # int64 [B, N]: all that is wanted of the last layer, behind its attention
 
-    def add(self, targets: tuple[str, ...], x: Tensor, out: Tensor) -> Tensor:
-        """`out`, the projections `targets` of x, with their adapters' additions."""
-        return out if self.adapt is None else self.adapt(targets, x, out)
+    def add(self, targets: tuple[str, ...], x: Tensor, out: Tensor, places: Tensor | None = None) -> Tensor:
+        """`out`, the projections `targets` of x (at `places`), with their adapters' additions."""
+        return out if self.adapt is None else self.adapt(targets, x, out, places)
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """x [B, T, ..] at the wanted places, [B, N, ..]."""
+        return x if self.places is None else at(x, self.places)
 
     def see(self, roles: tuple[str, ...], x: Tensor, *outputs: Tensor) -> None:
         if self.observe is not None:
@@ -85,6 +92,11 @@ class Hooks(NamedTuple):
 
 
 NO_HOOKS = Hooks()
+
+
+def at(x: Tensor, places: Tensor) -> Tensor:
+    """x [B, T, ..] at the places [B, N] of each row: [B, N, ..]."""
+    return x.gather(1, places.view(*places.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 def attend(
@@ -103,10 +115,10 @@ def attend(
         y = attention(q, k, v, context.cu_seqlens, context.max_seqlen)
     else:
         y = hooks.remember(q, k, v)
-    y = xsa_gate(y, v_self, gate, xsa)
+    y = xsa_gate(hooks.wanted(y), hooks.wanted(v_self), None if gate is None else hooks.wanted(gate), xsa)
     out = F.linear(y, layer.o)
     hooks.see(("attn.proj",), y, out)
-    return hooks.add(("o",), n, out)
+    return hooks.add(("o",), n, out, hooks.places)
 
 
 def mlp(n: Tensor, layer: Layer, hooks: Hooks = NO_HOOKS) -> Tensor:
@@ -173,7 +185,9 @@ def block(
     """A sequential layer: attention, then MLP. With `keep` also returns the stream as it came in, all added."""
     entered = enter(stream, skip, layer, context, keep_sum=keep)
     a = attend(entered.normed, entered.gate, layer, context, xsa, hooks)
-    middle = residual(entered.stream, branch=a, branch_scale=layer.attn_scale, norm_scale=layer.norm_scale)
+    middle = residual(
+        hooks.wanted(entered.stream), branch=a, branch_scale=layer.attn_scale, norm_scale=layer.norm_scale
+    )
     m = mlp(middle.normed, layer, hooks)
     return Stream(middle.stream, entered.x0, m, layer.mlp_scale), entered.sum
 
@@ -194,8 +208,10 @@ def parallel_block(
     In the first one lane1 is None: both lanes begin as the stream, and the skip goes into lane 0 only.
     """
     entered = enter(lane0, skip, layer, context, keep_sum=lane1 is None, keep_blend=True, keep_stream=False)
-    other = residual(entered.sum if lane1 is None else lane1, norm_scale=layer.norm_scale)
+    other = residual(hooks.wanted(entered.sum if lane1 is None else lane1), norm_scale=layer.norm_scale)
     a = attend(entered.normed, entered.gate, layer, context, xsa, hooks)
     m = mlp(other.normed, layer, hooks)
-    out0, out1 = mix_lanes(entered.blend, other.stream, a, m, layer.attn_scale, layer.mlp_scale, post, resid)
+    out0, out1 = mix_lanes(
+        hooks.wanted(entered.blend), other.stream, a, m, layer.attn_scale, layer.mlp_scale, post, resid
+    )
     return Stream(out0, entered.x0), out1

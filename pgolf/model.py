@@ -173,12 +173,14 @@ class GPT(nn.Module):
         adapters: AdapterSet | None = None,
         weights: Weights | None = None,
         memory: Memory | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Final-norm outputs [B, T, D] of token ids [B, T] int64.
 
         `cu_seqlens` int32 [S+1] cuts one packed row (B = 1) into segments that cannot see each other; None makes
         each row one segment. `max_seqlen` (tokens) bounds the longest segment. `weights` are used in place of the
-        parameters' own. With `memory`, ids are [B, 1 + T] and each row goes on where earlier calls ended.
+        parameters' own. With `memory`, ids are [B, 1 + T] and each row goes on where earlier calls ended. With
+        `places` int64 [B, N] only these outputs are computed, [B, N, D].
         """
         config = self.config
         weights = self.weights() if weights is None else weights
@@ -191,7 +193,7 @@ class GPT(nn.Module):
         positions = torch.arange(length, device=ids.device, dtype=torch.float32)
         context = self._context(positions if memory is None else memory.positions(length), cu_seqlens, max_seqlen)
         layers = self._layers(weights)
-        plain = adapters is None and self.observer is None and memory is None
+        plain = adapters is None and self.observer is None and memory is None and places is None
         run_block, run_parallel = (self._block, self._parallel_block) if plain else (block, parallel_block)
         skip_weights, skip_gates = self.skip_weights.unbind(), self.skip_gates.unbind()
         posts, resids = self.parallel_post_lambdas.unbind(), self.parallel_resid_lambdas.unbind()
@@ -201,7 +203,9 @@ class GPT(nn.Module):
         lanes: tuple[Stream, Tensor] | None = None
         for slot, i in enumerate((*encoder, *decoder)):
             step = slot - len(encoder)
-            xsa, hooks = i >= config.num_layers - config.xsa_last_n, self._hooks(adapters, memory, slot, i)
+            last = slot == len(encoder) + len(decoder) - 1
+            xsa = i >= config.num_layers - config.xsa_last_n
+            hooks = self._hooks(adapters, memory, places if last else None, slot, i)
             skip = None
             if 0 <= step < min(len(encoder), len(skip_weights)):
                 skip = Skip(stack.pop() if step else None, skip_weights[step], skip_gates[step])
@@ -221,13 +225,16 @@ class GPT(nn.Module):
             self.observer(("tok_emb.weight",), h, ())
         return h
 
-    def _hooks(self, adapters: AdapterSet | None, memory: Memory | None, slot: int, i: int) -> Hooks:
+    def _hooks(
+        self, adapters: AdapterSet | None, memory: Memory | None, places: Tensor | None, slot: int, i: int
+    ) -> Hooks:
         """The hooks of one executed layer; none on the plain path, so that it compiles alone."""
         observer = self.observer
         return Hooks(
-            None if adapters is None else lambda targets, x, out: adapters.add(targets, slot, x, out),
+            None if adapters is None else lambda targets, x, out, at: adapters.add(targets, slot, x, out, at),
             None if observer is None else lambda roles, x, outputs: observer(_weights(i, roles), x, outputs),
             None if memory is None else lambda q, k, v: memory.attend(slot, q, k, v),
+            places,
         )
 
     def raw_logits(self, h: Tensor, adapters: AdapterSet | None = None, weights: Weights | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """The network against golden vectors, and the properties that the rules rest on."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from pgolf.config import ModelConfig
+from pgolf.layers import at
 from pgolf.model import GPT, layer_order
 
 SMALL = ModelConfig(
@@ -120,3 +122,27 @@ def test_initial_weights_follow_the_seed():
     assert not torch.equal(first["qo_bank"], other["qo_bank"])
     assert first["mlp_down_bank"].abs().sum() == 0
     assert first["smear_gate.weight"].abs().sum() == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel_start_layer": 5}, {"num_layers": 1, "num_loops": 0}])
+@pytest.mark.parametrize("looping", [False, True])
+def test_wanted_places_are_those_of_all(looping, changes):
+    """Values and gradients, in rows that want different places, some of them twice."""
+    model = GPT(dataclasses.replace(SMALL, **changes)).initialize(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    model.looping = looping and SMALL.num_loops > 0
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, 64, (3, 11), generator=generator)
+    places = torch.tensor([[0, 1, 2], [4, 0, 4], [8, 9, 10]])
+    weight = torch.randn(3, 3, 32, generator=generator)
+    gradients = []
+    for few in (False, True):
+        model.zero_grad()
+        found = model.hidden(ids, places=places) if few else at(model.hidden(ids), places)
+        (found * weight).sum().backward()
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()])
+        gradients[-1].append(found.detach())
+    for some, every in zip(*gradients, strict=True):
+        torch.testing.assert_close(some, every, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pgolf.config import ModelConfig, TTTConfig
 from pgolf.errors import PgolfError
+from pgolf.layers import at
 from pgolf.ops.adamw import adamw
 
 # Adapted projection -> its name in a state dict, in the order in which A is drawn.
@@ -107,8 +108,8 @@ class Rows:
         self._weights, self._grads = adapters.views(adapters.seen), adapters.views(adapters.grad)
         self._held: tuple[Place, Tensor, dict[str, Tensor]] | None = None
 
-    def add(self, targets: tuple[str, ...], slot: int, x: Tensor, out: Tensor) -> Tensor:
-        """`out` [documents - first, T, widths of the targets], in place, plus what they make of x [.., T, in].
+    def add(self, targets: tuple[str, ...], slot: int, x: Tensor, out: Tensor, places: Tensor | None = None) -> Tensor:
+        """As `layers.AdapterSet`: x [documents - first, T, in], and `out` is written to.
 
         Every target of a slot is called for once a pass, and with one x all targets that read the same.
         """
@@ -116,6 +117,7 @@ class Rows:
         for target in targets:
             if target in self._adapters.readers[READS[target]]:
                 xa = self._read(READS[target], slot, x)[target]
+                xa = xa if places is None else at(xa, places)
                 b, grad_b = (views.b[target, slot][self._first :] for views in (self._weights, self._grads))
                 out = _Up.apply(out, xa, b, grad_b, self._adapters.scale, column)
             column += self._adapters.widths[target]

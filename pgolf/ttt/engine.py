@@ -151,9 +151,10 @@ class Engine:
         for repeat in range(self._config.grad_steps if shape.learn else 1):
             with torch.set_grad_enabled(shape.learn):
                 rows = self.adapters.rows(first)
-                hidden = self._model.hidden(given.ids, adapters=rows, weights=self._weights, memory=memory)
-                # The loss reads the chunk alone, so the head runs on the chunk alone.
-                hidden = hidden.gather(1, given.places[..., None].expand(-1, -1, hidden.shape[-1]))
+                # The loss reads the chunk alone, so nothing behind the last attention runs on more.
+                hidden = self._model.hidden(
+                    given.ids, adapters=rows, weights=self._weights, memory=memory, places=given.places
+                )
                 losses = token_losses(self._model, hidden, given.targets, rows, self._weights)
             if repeat == 0:  # the score: recorded before any step on this chunk
                 self._recorded[first:, : shape.chunk] = torch.where(given.counted, losses.detach(), 0.0)
