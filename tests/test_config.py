@@ -212,6 +212,14 @@ def test_bad_setting_is_refused_with_its_name(text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_streaming_runs_what_it_keeps():
+    settings = config.override(recipes.get("record"), ["ttt.mode=streaming", "ttt.refresh=3024"])
+    assert settings.ttt.refresh + settings.ttt.largest_chunk == settings.ttt.context
+    with pytest.raises(PgolfError, match=r"must fit in ttt\.context together, got 3025 and 48 in 3072"):
+        config.override(settings, ["ttt.refresh=3025"])
+    assert config.override(Config(), ["ttt.refresh=9999"]).ttt.mode == "window"  # which has no use for it
+
+
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().train.steps = 1
