@@ -158,7 +158,7 @@ class QuantizeConfig:
         0, "bytes of weights and code to fill (0: trellis 16,000,000; record: as many as its clips make)"
     )
     states: int = option(64, "trellis: states of the search, 4, 8, 32, 64 or 256")
-    rate: float = option(0.364, "trellis: what a bit is worth, in squared steps")
+    rate: float = option(0.25, "trellis: what a bit is worth, in squared steps")
     column_steps: bool = option(True, "trellis: a step for each column too, by what its error costs")
     row_power: float = option(0.5, "trellis: row steps go with sensitivity^(-row_power / 2); 0: equal in a matrix")
     row_floor: float = option(0.01, "trellis: least sensitivity of a row, as a share of its matrix's mean")
@@ -169,7 +169,7 @@ class QuantizeConfig:
     tune_lr: float = option(1e-3, "trellis: learning rate of those steps")
     calibration_batches: int = option(
         0,
-        "micro-batches of training data behind the Hessians, a rank (0: record 16; trellis 16, but 64 over all ranks)",
+        "micro-batches of training data behind the Hessians, a rank (0: record 16; trellis 16, but 32 over all ranks)",
     )
     calibration: str = option("all", "all: Hessians averaged over ranks; rank0: the record's behaviour")
     matrix_bits: int = option(6, "record: bits of attention and MLP integers")

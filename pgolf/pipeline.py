@@ -7,26 +7,21 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from pgolf import __version__, artifact, banks, checkpoint, console, doctor, fit, loading, parallel, score, ttt
+from pgolf import __version__, artifact, checkpoint, console, doctor, fit, loading, parallel, score, ttt
 from pgolf import train as training
-from pgolf.config import AUTO, Config, EvalConfig, QuantizeConfig, TTTConfig, from_dict, override, to_dict
+from pgolf.compress import compress
+from pgolf.config import AUTO, Config, EvalConfig, TTTConfig, from_dict, override, to_dict
 from pgolf.data import build, shards
-from pgolf.data.loader import Batch, Loader
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.errors import PgolfError
 from pgolf.files import make_folder, read_object, write_bytes, write_json
 from pgolf.inspection import ACCOUNT
 from pgolf.model import BOS, GPT
-from pgolf.quantize import sensitivity, tune
-from pgolf.quantize.hessian import Statistics, collect
-from pgolf.quantize.solve import GATE_SUFFIX, Fitted, quantize_scaled, quantize_state, quantize_trellis
-from pgolf.schedule import parse_contexts
-from pgolf.source import scoring_source
 
 CAP = artifact.CAP
 TOKENIZER = "tokenizer.model"
@@ -159,102 +154,6 @@ def averaged_model(run: Path, device: torch.device) -> tuple[GPT, Config]:
     return model.to(device), config
 
 
-def calibration_batches(settings: QuantizeConfig) -> int:
-    """Micro-batches that each rank calibrates on: as set, or the record's 16; mode trellis sees at least 64 in all."""
-    if settings.calibration_batches:
-        return settings.calibration_batches
-    ranks = parallel.world_size() if settings.calibration == "all" else 1
-    return max(16, 64 // ranks) if settings.mode == "trellis" else 16
-
-
-class _Calibration(NamedTuple):
-    """What training data say about the averaged weights."""
-
-    statistics: Statistics  # Hessians and input RMS
-    costs: sensitivity.Sensitivity | None  # mode trellis: how much the loss minds errors
-    batches: list[Batch]  # the batches after those, to tune on
-
-
-def _calibrate(model: GPT, data: Path, config: Config, device: torch.device) -> _Calibration:
-    """Run the model over the first training batches."""
-    settings = config.quantize
-    trellis = settings.mode == "trellis"
-    context = parse_contexts(config.train.contexts)[-1][0]
-    with Loader(
-        shards.train_files(data),
-        rank=parallel.rank(),
-        world_size=parallel.world_size(),
-        step_tokens=config.train.micro_batch * parallel.world_size(),
-        micro_batch=config.train.micro_batch,
-        vocab_size=config.model.vocab_size,
-    ) as loader:
-        fresh = [loader.next_batch(context) for _ in range(calibration_batches(settings))]
-        later = [loader.next_batch(context) for _ in range(settings.tune_steps if trellis else 0)]
-    everyone = settings.calibration == "all"
-    batches = ((batch.inputs, batch.cu_seqlens, batch.max_seqlen) for batch in fresh)
-    statistics = collect(model, batches, device, model.dtype, all_reduce=everyone)
-    costs = None
-    if trellis and settings.sensitivity_tokens:
-        tokens = settings.sensitivity_tokens
-        slices = (sensitivity.take(b.inputs, b.targets, b.cu_seqlens, b.max_seqlen, tokens) for b in fresh)
-        costs = sensitivity.collect(model, slices, device, model.dtype, all_reduce=everyone)
-    return _Calibration(statistics, costs, later)
-
-
-class _Packer:
-    """Packs states of one model, and counts the seconds that it takes."""
-
-    def __init__(self, model: GPT, config: Config, tokenizer_sha256: str) -> None:
-        self.seconds = 0.0
-        self._source = scoring_source()
-        self._metadata = {
-            "model": to_dict(config.model),
-            "looping": model.looping,
-            "eval": to_dict(config.eval),
-            "ttt": to_dict(config.ttt),
-            "seed": config.seed,
-            "tokenizer_sha256": tokenizer_sha256,
-        }
-
-    def __call__(self, state: dict[str, np.ndarray], levels: bytes | None = None) -> bytes:
-        begun = time.perf_counter()
-        packed = artifact.pack(state, self._metadata, self._source, levels=levels)
-        self.seconds += time.perf_counter() - begun
-        return packed
-
-
-def _solve(model: GPT, config: Config, calibration: _Calibration, budget: int, room: int, pack: _Packer) -> Fitted:
-    """Quantize the weights of `model` within `budget` bytes (0: of any size), `room` of them free; shows progress."""
-    settings = config.quantize
-    matrices = banks.unbank({name: p.detach() for name, p in model.state_dict().items()}, config.model.num_layers)
-    hessians, act_rms = calibration.statistics
-    with console.Bar("quantize", every=30.0) as bar:
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(done / total, name)
-
-        if settings.mode == "trellis":
-            return quantize_trellis(matrices, hessians, act_rms, calibration.costs, settings, budget, pack, show, room)
-        if budget:
-            return quantize_scaled(matrices, hessians, act_rms, settings, budget, pack, show)
-        state, _ = quantize_state(matrices, hessians, act_rms, settings, show)
-        return Fitted(state, pack(state), {})
-
-
-def _tune(model: GPT, config: Config, fitted: Fitted | None, batches: list[Batch], pack: _Packer) -> Fitted | None:
-    """Train what the artifact keeps in floating point; rank 0 brings the fitted state and gets the tuned one."""
-    if fitted is not None:
-        model.load_state_dict(loading.model_from_state(fitted.state, config.model).state_dict())
-    parallel.broadcast_([parameter.detach() for parameter in model.parameters()])
-    small = [name for name, _ in model.named_parameters() if name not in banks.BANKS and name != tune.EMBEDDING]
-    small = [name for name in small if not name.endswith(GATE_SUFFIX)]  # integers too
-    tuned = tune.tune(model, batches, small, config.quantize.tune_steps, config.quantize.tune_lr)
-    if fitted is None:
-        return None
-    state = tune.apply(fitted.state, tuned)
-    return Fitted(state, pack(state, levels=fitted.packed), fitted.report | {"tuning_losses": tuned.losses})
-
-
 def quantize(
     run: Path, data: Path, device: torch.device, assignments: Callable[[Config], Config] | None = None
 ) -> Path:
@@ -264,25 +163,7 @@ def quantize(
     sha = check_data(data, config.model.vocab_size)
     check_tokenizer(run, data, sha)
     model.dtype = training.compute_dtype(config, device)
-    settings = config.quantize
-    budget = settings.budget or (CAP if settings.mode == "trellis" else 0)
-    tuning = settings.mode == "trellis" and settings.tune_steps > 0
-    room = min(TUNING_ROOM, budget // 8000) if tuning else 0
-    times = [time.perf_counter()]
-    calibration = _calibrate(model, data, config, device)
-    times.append(time.perf_counter())
-    pack = _Packer(model, config, sha)
-    fitted = _solve(model, config, calibration, budget, room, pack) if parallel.rank() == 0 else None
-    times.append(time.perf_counter() - pack.seconds)
-    if tuning:
-        tuned = _tune(model, config, fitted, calibration.batches, pack)
-        if tuned is not None and len(tuned.packed) > budget:
-            console.say(
-                f"tuning took {len(tuned.packed) - budget:,} bytes more than there were; kept what was before it"
-            )
-        else:
-            fitted = tuned
-    times.append(time.perf_counter() - pack.seconds)
+    fitted, budget, seconds = compress(model, config, data, device, sha)
     path = run / ARTIFACT
     if fitted is not None:
         size = len(fitted.packed)
@@ -292,9 +173,7 @@ def quantize(
             console.say(_outcome(fitted.report, size, budget))
         else:
             (run / ACCOUNT).unlink(missing_ok=True)  # it would tell of another artifact
-        stages = ("calibrate", "solve", "tune")
-        seconds = {stage: end - begin for stage, begin, end in zip(stages, times, times[1:], strict=False)}
-        note(run, artifact_bytes=size, seconds=seconds | {"pack": pack.seconds})
+        note(run, artifact_bytes=size, seconds=seconds)
         verdict = "within" if size <= CAP else f"{size - CAP:,} bytes OVER"
         console.say(f"{path}: {size:,} bytes, weights and code; {verdict} the cap of {CAP:,}")
     return path

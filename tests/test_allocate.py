@@ -296,10 +296,10 @@ def test_a_budget_below_the_coarsest_steps_is_refused() -> None:
 
 
 def test_windows() -> None:
-    assert window(16_000_000) == (15_990_000, 16_000_000)
-    assert window(1_600_000) == (1_599_000, 1_600_000)
+    assert window(16_000_000) == (15_992_000, 16_000_000)
+    assert window(1_600_000) == (1_599_200, 1_600_000)
     assert window(160_000) == (159_488, 160_000)
-    assert window(64_000_000) == (63_990_000, 64_000_000)
+    assert window(64_000_000) == (63_992_000, 64_000_000)
 
 
 # A whole model

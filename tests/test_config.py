@@ -59,7 +59,7 @@ def test_duel_is_the_record_but_for_its_size():
     changed = {key for key in config.keys() if value_of(duel, key) != value_of(record, key)}
     assert changed == {
         "recipe", "train.seconds", "train.reserve_seconds", "train.step_tokens", "train.muon_momentum_steps",
-        "quantize.budget", "ttt.prefix_docs",
+        "quantize.mode", "ttt.prefix_docs",
     }  # fmt: skip
     train = duel.train
     assert (train.seconds, train.step_tokens, train.micro_batch) == (300.0, 196608, 98304)

@@ -409,15 +409,6 @@ def test_budgets_that_cannot_be_met(trained, data, capsys):
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
-def test_calibration_batches(monkeypatch):
-    expected = {("record", 1): 16, ("record", 8): 16, ("trellis", 1): 64, ("trellis", 2): 32, ("trellis", 8): 16}
-    for (mode, ranks), count in expected.items():
-        monkeypatch.setattr(pipeline.parallel, "world_size", lambda ranks=ranks: ranks)
-        assert pipeline.calibration_batches(config.QuantizeConfig(mode=mode)) == count
-        assert pipeline.calibration_batches(config.QuantizeConfig(mode=mode, calibration_batches=5)) == 5
-    assert pipeline.calibration_batches(config.QuantizeConfig(mode="trellis", calibration="rank0")) == 64
-
-
 def test_note_merges(tmp_path):
     pipeline.note(tmp_path, a=1, seconds={"train": 2.0})
     pipeline.note(tmp_path, b=2, seconds={"pack": 3.0})

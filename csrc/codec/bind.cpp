@@ -4,9 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <functional>
+#include <numeric>
 #include <string>
 #include <thread>
 
@@ -21,16 +23,25 @@ namespace {
 using Int8Array = py::array_t<std::int8_t, py::array::c_style>;
 using Bytes = std::vector<std::uint8_t>;
 
-// Runs every job; of several failures the first in order is thrown, whatever the threads did.
-void run_jobs(const std::vector<std::function<void()>>& jobs, int threads) {
+struct Job {
+    std::size_t entries;
+    std::function<void()> run;
+};
+
+// Runs every job, the longest first, else one begun last keeps a single thread busy at the end; of several failures the
+// first in order is thrown, whatever the threads did.
+void run_jobs(const std::vector<Job>& jobs, int threads) {
+    std::vector<std::size_t> order(jobs.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::ranges::stable_sort(order, std::greater{}, [&](std::size_t i) { return jobs[i].entries; });
     std::vector<std::exception_ptr> failures(jobs.size());
     std::atomic<std::size_t> next{0};
     const auto work = [&] {
         for (std::size_t i; (i = next++) < jobs.size();) {
             try {
-                jobs[i]();
+                jobs[order[i]].run();
             } catch (...) {
-                failures[i] = std::current_exception();
+                failures[order[i]] = std::current_exception();
             }
         }
     };
@@ -42,6 +53,10 @@ void run_jobs(const std::vector<std::function<void()>>& jobs, int threads) {
     }
     for (const auto& failure : failures)
         if (failure) std::rethrow_exception(failure);
+}
+
+std::size_t entries_of(Range range, std::span<const Shape> shapes) {
+    return shapes[range.first].count() * (range.last - range.first);  // all of one shape
 }
 
 void put_length(Bytes& out, std::size_t length) {
@@ -63,7 +78,7 @@ Sizes matrix_sizes(const std::vector<Sizes>& ends) {
 std::vector<std::pair<py::bytes, Sizes>> encode_groups(const std::vector<std::vector<Int8Array>>& groups, int threads) {
     std::vector<std::vector<const std::int8_t*>> data(groups.size());
     std::vector<std::vector<Stream>> streams(groups.size());
-    std::vector<std::function<void()>> jobs;
+    std::vector<Job> jobs;
     for (std::size_t g = 0; g < groups.size(); ++g) {
         std::vector<Shape> shapes;
         for (const auto& array : groups[g]) {
@@ -74,9 +89,9 @@ std::vector<std::pair<py::bytes, Sizes>> encode_groups(const std::vector<std::ve
         const auto plan = plan_streams(shapes);
         streams[g].resize(plan.size());
         for (std::size_t s = 0; s < plan.size(); ++s)
-            jobs.push_back([&, g, s, range = plan[s], shape = shapes[plan[s].first]] {
-                streams[g][s] = encode_stream({&data[g][range.first], range.last - range.first}, shape);
-            });
+            jobs.push_back({entries_of(plan[s], shapes), [&, g, s, range = plan[s], shape = shapes[plan[s].first]] {
+                                streams[g][s] = encode_stream({&data[g][range.first], range.last - range.first}, shape);
+                            }});
     }
     {
         py::gil_scoped_release unlocked;
@@ -112,9 +127,8 @@ std::vector<std::span<const std::uint8_t>> split_group(std::span<const std::uint
         const std::size_t length =
             field[0] | field[1] << 8 | field[2] << 16 | static_cast<std::uint32_t>(field[3]) << 24;
         if (length > rest.size()) throw StreamError("coded group ends before its last stream");
-        std::size_t entries = 0;
-        for (std::size_t i = plan[s].first; i < plan[s].last; ++i) entries += shapes[i].count();
-        if (entries / kMaxEntriesPerByte > length) throw StreamError("coded stream is too short for its matrices");
+        if (entries_of(plan[s], shapes) / kMaxEntriesPerByte > length)
+            throw StreamError("coded stream is too short for its matrices");
         streams.push_back(rest.first(length));
         rest = rest.subspan(length);
     }
@@ -127,7 +141,7 @@ std::vector<std::pair<std::vector<Int8Array>, Sizes>> decode_groups(
     std::vector<std::pair<std::vector<Int8Array>, Sizes>> result(groups.size());
     std::vector<std::vector<Sizes>> ends(groups.size());
     std::vector<std::vector<std::int8_t*>> data(groups.size());
-    std::vector<std::function<void()>> jobs;
+    std::vector<Job> jobs;
     for (std::size_t g = 0; g < groups.size(); ++g) {
         std::vector<Shape> shapes;
         for (const auto& [rows, columns] : groups[g].second) {
@@ -144,9 +158,11 @@ std::vector<std::pair<std::vector<Int8Array>, Sizes>> decode_groups(
         }
         ends[g].resize(plan.size());
         for (std::size_t s = 0; s < plan.size(); ++s)
-            jobs.push_back([&, g, s, stream = streams[s], range = plan[s], shape = shapes[plan[s].first]] {
-                ends[g][s] = decode_stream(stream, {&data[g][range.first], range.last - range.first}, shape);
-            });
+            jobs.push_back({entries_of(plan[s], shapes),
+                            [&, g, s, stream = streams[s], range = plan[s], shape = shapes[plan[s].first]] {
+                                ends[g][s] =
+                                    decode_stream(stream, {&data[g][range.first], range.last - range.first}, shape);
+                            }});
     }
     py::gil_scoped_release unlocked;
     run_jobs(jobs, threads);

@@ -18,7 +18,10 @@ class _Append(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, new: Tensor, entries: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(index)
-        return entries.index_copy_(1, index, new).detach()
+        entries.index_copy_(1, index, new)
+        # An alias with a version of its own: the slots share one tensor, and what the next slot writes to it would make
+        # autograd believe that this slot's entries, which attention saves, were overwritten.
+        return entries.data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
