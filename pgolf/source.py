@@ -45,15 +45,35 @@ def reachable(roots: tuple[str, ...]) -> set[str]:
     return seen
 
 
+class _WithoutDocstrings(ast.NodeTransformer):
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+        return node
+
+
+def bare(text: str) -> str:
+    """Python source that does the same, without comments and docstrings."""
+    return ast.unparse(_WithoutDocstrings().visit(ast.parse(text)))
+
+
 def scoring_source() -> bytes:
-    """The source of all that scores an artifact, Python and C++, as JSON {file: text}; it counts toward the cap."""
+    """The source of all that scores an artifact, Python and C++, as JSON {file: text}; it counts toward the cap.
+
+    It goes without what only a reader needs: `bare` Python, C++ without lines of comment.
+    """
     files = [path for module in reachable(ROOTS) if (path := _path(module))]
-    texts = {f"pgolf/{path.relative_to(PACKAGE)}": path.read_text(encoding="utf-8") for path in files}
+    texts = {f"pgolf/{path.relative_to(PACKAGE)}": bare(path.read_text(encoding="utf-8")) for path in files}
     # The C++ decoder: inside an installed package, beside it in a source tree.
     folders = (PACKAGE / "csrc" / "codec", PACKAGE.parent / "csrc" / "codec")
     decoder = next((folder for folder in folders if folder.is_dir()), None)
     if decoder is None:
         raise PgolfError(f"the decoder's source is missing from {folders[0]}; install pgolf again, it counts its code")
     for path in (*decoder.glob("*.h"), *decoder.glob("*.cpp")):
-        texts[f"csrc/codec/{path.name}"] = path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("//")]
+        texts[f"csrc/codec/{path.name}"] = "\n".join(kept) + "\n"
     return json.dumps(texts, sort_keys=True).encode()
