@@ -4,7 +4,7 @@ All integers are little-endian. Equal content gives equal bytes on every machine
 
     offset  size
     0       8     magic: 89 50 47 4F 4C 46 0D 0A
-    8       4     version (3)
+    8       4     version (4)
     12      4     T, bytes of the coded table
     16      4     bytes of the table once decoded
     20      8     bytes of the whole file
@@ -17,7 +17,7 @@ Arrays are ordered by role, then layer, and their names and types alone decide w
 
     int8 [rows, columns] named NAME.q   one section a role ("blocks.3.mlp.fc.weight.q" is of role "mlp.fc"), all its
                                         layers together: `codec.encode_groups`, whose streams say whether
-                                        columns obey a trellis (version 1 had none)
+                                        columns obey a trellis
     anything else                       one section a dtype: the arrays end to end, then all first bytes of their
                                         elements, all second bytes, ...: `codec.encode_bytes`
     the source code                     section "source": `codec.encode_bytes`
@@ -44,7 +44,7 @@ from pgolf.errors import PgolfError
 Array = NDArray[Any]
 
 MAGIC = b"\x89PGOLF\r\n"
-VERSION = 3
+VERSION = 4
 DTYPES = ("float16", "float32", "int8", "int16", "int32", "int64", "uint8")
 CAP = 16_000_000  # bytes that the rules allow a file, weights and code
 LIMIT = 2**30  # bytes of a file, and of all its arrays

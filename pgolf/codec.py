@@ -20,6 +20,9 @@ from pgolf.errors import PgolfError
 # (h0, h1) by number of states, octal: the trellises of `csrc/codec/trellis.h`.
 TRELLISES = {4: (0o5, 0o2), 8: (0o13, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24), 256: (0o515, 0o362)}
 
+PART_ENTRIES = 1 << 21  # of a matrix, at most in one stream
+MOST_ENTRIES_PER_BYTE = 8192  # as `csrc/codec/matrix.h`
+
 Matrix = NDArray[np.int8]
 Shape = tuple[int, int]
 
@@ -47,7 +50,31 @@ def _encode(groups: Sequence[Sequence[Matrix]], threads: int | None) -> list[tup
     for matrix in (matrix for group in groups for matrix in group):
         if matrix.dtype != np.int8 or matrix.ndim != 2:
             raise CodecError(f"a matrix to code must be int8 with 2 dimensions, got {matrix.dtype} {matrix.shape}")
-    return _codec.encode_groups([list(group) for group in groups], _threads(threads))
+    pieces = [
+        [np.ascontiguousarray(matrix[:, part]) for matrix in group for part in _parts(matrix.shape)] for group in groups
+    ]
+    coded = _codec.encode_groups(pieces, _threads(threads))
+    return [
+        (data, _whole(sizes, [matrix.shape for matrix in group]))
+        for group, (data, sizes) in zip(groups, coded, strict=True)
+    ]
+
+
+def _parts(shape: Shape) -> list[slice]:
+    """The columns of a matrix in parts of equal width, few entries each: the decoder's longest job is one part.
+
+    Columns, because a trellis runs down them; it costs 0.6 % of an embedding, whose like rows are found less surely.
+    """
+    rows, columns = shape
+    count = max(1, min(columns, -(-rows * columns // PART_ENTRIES)))
+    edges = [columns * i // count for i in range(count + 1)]
+    return [slice(begin, end) for begin, end in zip(edges, edges[1:], strict=False)]
+
+
+def _whole(sizes: Sequence[int], shapes: Sequence[Shape]) -> list[int]:
+    """Bytes of each matrix, from those of its parts."""
+    rest = iter(sizes)
+    return [sum(next(rest) for _ in _parts(shape)) for shape in shapes]
 
 
 def decode_groups(groups: Sequence[tuple[bytes, Sequence[Shape]]], threads: int | None = None) -> list[list[Matrix]]:
@@ -67,13 +94,27 @@ def decode_and_measure(
     groups: Sequence[tuple[bytes, Sequence[Shape]]], threads: int | None = None
 ) -> list[tuple[list[Matrix], list[int]]]:
     """`decode_groups` and `matrix_sizes` at once, a pair for each group."""
-    for rows, columns in (shape for _, shapes in groups for shape in shapes):
-        if not (0 <= rows < 2**31 and 0 <= columns < 2**31):
-            raise CodecError(f"a matrix cannot have the shape {rows} x {columns}")
+    for coded, shapes in groups:
+        for rows, columns in shapes:
+            if not (0 <= rows < 2**31 and 0 <= columns < 2**31):
+                raise CodecError(f"a matrix cannot have the shape {rows} x {columns}")
+            if rows * columns // MOST_ENTRIES_PER_BYTE > len(coded):
+                raise CodecError("coded stream is too short for its matrices; the data is damaged")
+    pieces = [
+        (coded, [(shape[0], part.stop - part.start) for shape in shapes for part in _parts(shape)])
+        for coded, shapes in groups
+    ]
     try:
-        return _codec.decode_groups([(coded, list(shapes)) for coded, shapes in groups], _threads(threads))
+        found = _codec.decode_groups(pieces, _threads(threads))
     except ValueError as error:
         raise CodecError(f"{error}; the data is damaged") from error
+    result = []
+    for (_, shapes), (parts, sizes) in zip(groups, found, strict=True):
+        rest = iter(parts)
+        matrices = [[next(rest) for _ in _parts(shape)] for shape in shapes]
+        whole = [one[0] if len(one) == 1 else np.concatenate(one, axis=1) for one in matrices]
+        result.append((whole, _whole(sizes, shapes)))
+    return result
 
 
 def encode_matrices(matrices: Sequence[Matrix], threads: int | None = None) -> bytes:

@@ -129,7 +129,7 @@ def test_each_kind_of_damage_is_named(tmp_path: Path) -> None:
     data = written(path)
     refused(path, b"", "not a pgolf model")
     refused(path, b"PK\3\4" + data[4:], "not a pgolf model")
-    refused(path, sealed(data[:8] + struct.pack("<I", 1) + data[12:-32]), "version 1, this pgolf reads 3")
+    refused(path, sealed(data[:8] + struct.pack("<I", 1) + data[12:-32]), "version 1, this pgolf reads 4")
     refused(path, data[:5], "truncated")
     refused(path, data[:-1], "truncated")
     refused(path, data + b"x", "after its end")
