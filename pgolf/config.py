@@ -166,7 +166,7 @@ class QuantizeConfig:
         16_384, "trellis: tokens of each calibration batch that the loss's gradients are taken of (0: none)"
     )
     tune_steps: int = option(40, "trellis: steps of training of scales and gains through the frozen levels (0: none)")
-    tune_lr: float = option(1e-3, "trellis: learning rate of those steps")
+    tune_lr: float = option(2e-3, "trellis: learning rate of those steps")
     calibration_batches: int = option(
         0,
         "micro-batches of training data behind the Hessians, a rank (0: record 16; trellis 16, but 32 over all ranks)",

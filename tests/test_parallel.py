@@ -86,15 +86,19 @@ def test_two_ranks_train_the_weights_of_one(data, tmp_path, curves):
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-6)
 
 
-def test_two_ranks_do_the_whole_job(data, tmp_path):
+@pytest.mark.parametrize("mode", ["record", "trellis"])
+def test_two_ranks_do_the_whole_job(data, tmp_path, mode):
     """Train, quantize, pack and score under torchrun; without adaptation the score is one rank's."""
     random = np.random.default_rng(1)
     tokens = np.concatenate([[1, *random.integers(8, 290, length)] for length in (30, 12, 50, 9)])
     shards.write_shard(data / shards.shard_name(shards.VAL, 0), tokens)
     shards.write_shard(data / shards.shard_name(shards.VAL_BYTES, 0), (tokens != 1) * 2)
     settings = SMALL | {"train.steps": 2, "quantize.calibration_batches": 1, "ttt.prefix_docs": 2, "ttt.batch_size": 2}
+    settings |= {"quantize.mode": mode, "quantize.passthrough": 1024, "quantize.tune_steps": 2}
     printed = pgolf("run", data, tmp_path / "run", 2, settings)
     assert printed.count("weights and code") == 1
+    if mode == "trellis":
+        assert len(json.loads((tmp_path / "run" / "quantize.json").read_text())["tuning_losses"]) == 2
     scores = json.loads((tmp_path / "run" / "score.json").read_text())
     assert set(scores) == {"weights", "artifact", "artifact with test-time training"}
     assert {score["targets"] for score in scores.values()} == {len(tokens) - 1}

@@ -16,7 +16,7 @@ from pgolf.score import to_device, token_losses
 from pgolf.ttt.adapters import Adapters, InitialA
 from pgolf.ttt.graphs import Graphs
 from pgolf.ttt.memory import Memory
-from pgolf.ttt.planning import Document, Shape, Step, bucket
+from pgolf.ttt.planning import MEMORY_RATIO, Document, Shape, Step, bucket
 
 WARM_UP = 64  # tokens a document
 
@@ -94,7 +94,7 @@ class Engine:
         self._memory: Memory | None = None
         if config.mode == "streaming":
             most = min(longest + config.refresh + config.largest_chunk, config.context)
-            room = bucket(most, config.context, 1.3)
+            room = bucket(most, config.context, MEMORY_RATIO)
             self._memory = Memory(model.config, model.slots, documents, room, model.dtype, device)
         self._table = torch.zeros(documents + 1, len(Row._fields), dtype=torch.int64, device=device)
         self._recorded = torch.zeros(documents, config.largest_chunk, device=device)

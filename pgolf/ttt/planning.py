@@ -10,6 +10,7 @@ from pgolf.config import TTTConfig
 from pgolf.errors import PgolfError
 from pgolf.model import BOS
 
+MEMORY_RATIO = 2.0  # between sizes of the memory: each is a graph to capture, and gradients of keys fill all of it
 STEP_TOKENS = 4096  # a step's fixed cost, in tokens of forward and backward; only for dealing batches to ranks
 
 
@@ -122,7 +123,7 @@ def layouts(spans: Iterable[tuple[int, int]], context: int) -> list[tuple[int, i
     for start, end in spans:
         if end - origin > context:
             origin = start - max(0, context - (end - start) - context // 8)
-        capacity = max(capacity, bucket(end - origin, context, 1.3))
+        capacity = max(capacity, bucket(end - origin, context, MEMORY_RATIO))
         found.append((capacity, origin))
     return found
 
