@@ -111,21 +111,22 @@ __global__ void __launch_bounds__(kJoinThreads, 3) embed_join_kernel(const Embed
 template <typename T>
 __global__ void __launch_bounds__(kJoinThreads) embed_sums_kernel(const EmbedBackward p, const Scratch s, int pieces) {
     const int column = blockIdx.x;
-    float sum = 0.0f;
+    CompensatedSum sum{};
     if (column < p.window) {
         const T* const weight = static_cast<const T*>(p.weight) + column;
 #pragma unroll 4
         for (int id = threadIdx.x; id < p.vocab; id += kJoinThreads) {
             const float factor = s.logit_sum[id];
+            const float x = to_float(weight[static_cast<int64_t>(id) * p.dim]);
             // Not where it is zero: an infinite row that no gate was computed of must not count.
-            if (factor != 0.0f) sum = fmaf(factor, to_float(weight[static_cast<int64_t>(id) * p.dim]), sum);
+            sum.add(factor != 0.0f ? factor * x : 0.0f);
         }
     } else {
 #pragma unroll 4
-        for (int piece = threadIdx.x; piece < pieces; piece += kJoinThreads) sum += s.lambda_sum[piece];
+        for (int piece = threadIdx.x; piece < pieces; piece += kJoinThreads) sum.add(s.lambda_sum[piece]);
     }
     sum = block_sum<kJoinThreads>(sum);
-    if (threadIdx.x == 0) *(column < p.window ? p.grad_gate_weight + column : p.grad_lambda) = sum;
+    if (threadIdx.x == 0) *(column < p.window ? p.grad_gate_weight + column : p.grad_lambda) = sum.value();
 }
 
 // Wide rows, or those of no whole vectors (N = 1), tile by tile.

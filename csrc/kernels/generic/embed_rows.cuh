@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, N == 8 ? 4 : 3)
     float sum[kValues];
     float own = 0.0f;        // what e[r] itself is multiplied by, over the id's rows
     float logit_sum = 0.0f;  // dlogit over the id's rows
-    float lambda_sum = 0.0f;
+    float of_lambda = 0.0f;  // what the lane's position adds to lambda's gradient
     Row<T, N> e;
     for (int k = 0; k < count; ++k) {
         prefetch_grad(k + kAhead);
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, N == 8 ? 4 : 3)
             dot = at.dot;
         }
         if (takes) {
-            lambda_sum = fmaf(at.sigmoid, dot, lambda_sum);
+            if (lane == k) of_lambda = at.sigmoid * dot;
             logit_sum = fmaf(at.gate * (1.0f - at.sigmoid), dot, logit_sum);
         }
         own -= fmaf(at.next_gate * at.next_gate, next_scale, scale);
@@ -296,7 +296,9 @@ __global__ void __launch_bounds__(kThreads, N == 8 ? 4 : 3)
         }
         if (sums && lane == 0) *(whole ? s.logit_sum + at.id : s.partial_sum + part) = logit_sum;
     }
-    if (sums && lane == 0) s.lambda_sum[piece] = lambda_sum;
+    if (!sums) return;
+    const CompensatedSum lambda_sum = warp_sum(CompensatedSum{of_lambda, 0.0f});
+    if (lane == 0) s.lambda_sum[piece] = lambda_sum.value();
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 constexpr int kForwardBlocks = 6;  // a multiprocessor
 constexpr int kBackwardBlocks = 4;
 constexpr int kScalars = 6;  // post and resid
+constexpr int kHalfWarp = kWarpSize / 2;
 
 // A row's operands, and the float32 vectors.
 enum Tensor : int { kLane0, kLane1, kA, kM, kInputs, kGrad0 = kInputs, kGrad1, kAll };
@@ -84,13 +85,19 @@ __global__ void __launch_bounds__(kRowThreads, kForwardBlocks)
     }
 }
 
+// The sums of a and of b over two lanes 16 apart: the lower lane gets a's, the upper b's, so that a thread keeps one
+// running sum for two.
+__device__ __forceinline__ float half_sum(float a, float b, bool upper) {
+    return (upper ? b : a) + __shfl_xor_sync(kAllLanes, upper ? a : b, kHalfWarp);
+}
+
 // With dA = post[0, 0] * dout_0 + post[0, 1] * dout_1 and dM likewise:
 //   dlane_j = resid[j] * dout_j;  da = attn_scale * dA;  dm = mlp_scale * dM
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kBackwardBlocks)
     lanes_backward_kernel(const LanesBackward p, int row_threads, int sums_stride) {
     extern __shared__ uint4 shared[];
-    __shared__ float warp_sums[kRowThreads / kWarpSize][kScalars];
+    __shared__ CompensatedSum warp_sums[kRowThreads / kWarpSize][kScalars];
     using Slots = RowSlots<T, kAll>;
     static_assert(Slots::kBytes >= kVectors * kRowThreads * kColumns * sizeof(float), "write_column_sums");
     const LanesInputs& in = p.in;
@@ -113,7 +120,8 @@ __global__ void __launch_bounds__(kRowThreads, kBackwardBlocks)
     __syncthreads();
 
     float sum[kVectors][kColumns] = {};
-    float scalar_sum[kScalars] = {};  // post[0, 0], [0, 1], [1, 0], [1, 1]; resid[0], [1]
+    const bool upper = threadIdx.x & kHalfWarp;
+    CompensatedSum scalar_sum[kScalars / 2] = {};  // post[0, upper]; post[1, upper]; resid[upper]
     int stage = 0;
     for (int64_t row = walk.first; row < in.rows; row += walk.step) {
         wait_copies<kStages - 1>();
@@ -123,31 +131,34 @@ __global__ void __launch_bounds__(kRowThreads, kBackwardBlocks)
         slots.read(stage, kGrad1, grad[1]);
 #pragma unroll
         for (int branch = 0; branch < 2; ++branch) {  // a, then m
-            float x[kColumns], scale[kColumns];
+            float x[kColumns], scale[kColumns], of_post[2] = {};
             slots.read(stage, kA + branch, x);
             vectors.read(kAttnScale + branch, walk.thread, scale);
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
                 const float scaled = scale[i] * x[i];
                 const float of_scaled = fmaf(scalars.post[branch][0], grad[0][i], scalars.post[branch][1] * grad[1][i]);
-                scalar_sum[2 * branch] = fmaf(grad[0][i], scaled, scalar_sum[2 * branch]);
-                scalar_sum[2 * branch + 1] = fmaf(grad[1][i], scaled, scalar_sum[2 * branch + 1]);
+                of_post[0] = fmaf(grad[0][i], scaled, of_post[0]);
+                of_post[1] = fmaf(grad[1][i], scaled, of_post[1]);
                 sum[branch][i] = fmaf(of_scaled, x[i], sum[branch][i]);
                 x[i] = scale[i] * of_scaled;
             }
+            scalar_sum[branch].add(half_sum(of_post[0], of_post[1], upper));
             if (walk.active) store_columns<T>(branch == 0 ? p.grad_a : p.grad_m, offset, x);
         }
+        float of_resid[2] = {};
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             float lane[kColumns];
             slots.read(stage, kLane0 + j, lane);
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
-                scalar_sum[4 + j] = fmaf(grad[j][i], lane[i], scalar_sum[4 + j]);
+                of_resid[j] = fmaf(grad[j][i], lane[i], of_resid[j]);
                 lane[i] = scalars.resid[j] * grad[j][i];
             }
             if (walk.active) store_columns<T>(p.grad_lane[j], offset, lane);
         }
+        scalar_sum[2].add(half_sum(of_resid[0], of_resid[1], upper));
         fetch(stage, row + kStages * walk.step);
         stage ^= 1;
     }
@@ -155,16 +166,16 @@ __global__ void __launch_bounds__(kRowThreads, kBackwardBlocks)
     if (p.scratch == nullptr) return;
     const int warp = threadIdx.x / kWarpSize;
 #pragma unroll
-    for (int k = 0; k < kScalars; ++k) {
-        const float total = warp_sum(scalar_sum[k]);
-        if (threadIdx.x % kWarpSize == 0) warp_sums[warp][k] = total;
+    for (int k = 0; k < kScalars / 2; ++k) {
+        const CompensatedSum total = warp_sum<kHalfWarp>(scalar_sum[k]);
+        if (threadIdx.x % kHalfWarp == 0) warp_sums[warp][2 * k + upper] = total;
     }
     float* const target = p.scratch + static_cast<int64_t>(blockIdx.x) * sums_stride;
     write_column_sums(sum, walk, reinterpret_cast<float4*>(shared), target, in.dim);
     if (threadIdx.x >= kScalars) return;
-    float total = 0.0f;
-    for (int w = 0; w < kRowThreads / kWarpSize; ++w) total += warp_sums[w][threadIdx.x];
-    target[kVectors * in.dim + threadIdx.x] = total;
+    CompensatedSum total{};
+    for (int w = 0; w < kRowThreads / kWarpSize; ++w) total.add(warp_sums[w][threadIdx.x]);
+    target[kVectors * in.dim + threadIdx.x] = total.value();
 }
 
 template <typename T>

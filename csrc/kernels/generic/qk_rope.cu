@@ -296,10 +296,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) qk_rope_backward_ke
 // Block h adds up row h of scratch [heads, count].
 __global__ void __launch_bounds__(kThreads) qk_rope_finish_kernel(const QkRopeBackward p, int count) {
     const float* const row = p.scratch + static_cast<int64_t>(blockIdx.x) * count;
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < count; i += kThreads) sum += row[i];
+    CompensatedSum sum{};
+    for (int i = threadIdx.x; i < count; i += kThreads) sum.add(row[i]);
     sum = block_sum<kThreads>(sum);
-    if (threadIdx.x == 0) p.grad_gain[blockIdx.x] = sum;
+    if (threadIdx.x == 0) p.grad_gain[blockIdx.x] = sum.value();
 }
 
 int64_t needed_blocks(int64_t rows) { return std::min((rows + kWarps - 1) / kWarps, int64_t{kMaxBlocks}); }

@@ -9,23 +9,23 @@ constexpr int kStrips = 16;  // its threads a column
 
 __global__ void __launch_bounds__(kWidth* kStrips)
     sum_blocks_kernel(const float* partial, int blocks, int stride, int width, float* out) {
-    __shared__ float strips[kStrips][kWidth];
+    __shared__ CompensatedSum strips[kStrips][kWidth];
     const int lane = threadIdx.x % kWidth;
     const int strip = threadIdx.x / kWidth;
     const int column = blockIdx.x * kWidth + lane;
-    float sum = 0.0f;
+    CompensatedSum sum{};
     if (column < width) {
 #pragma unroll 8
         for (int block = strip; block < blocks; block += kStrips) {
-            sum += partial[static_cast<int64_t>(block) * stride + column];
+            sum.add(partial[static_cast<int64_t>(block) * stride + column]);
         }
     }
     strips[strip][lane] = sum;
     __syncthreads();
     if (strip > 0 || column >= width) return;
 #pragma unroll
-    for (int i = 1; i < kStrips; ++i) sum += strips[i][lane];
-    out[column] = sum;
+    for (int i = 1; i < kStrips; ++i) sum.add(strips[i][lane]);
+    out[column] = sum.value();
 }
 
 }  // namespace

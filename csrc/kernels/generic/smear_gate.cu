@@ -168,10 +168,11 @@ __global__ void __launch_bounds__(kThreads) smear_gate_backward_kernel(const Sme
 // Block i adds up row i of scratch [window + 1, count].
 __global__ void __launch_bounds__(kThreads) smear_gate_finish_kernel(const SmearGateBackward p, int64_t count) {
     const float* const row = p.scratch + blockIdx.x * count;
-    float sum = 0.0f;
-    for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += row[i];
+    CompensatedSum sum{};
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) sum.add(row[i]);
     sum = block_sum<kThreads>(sum);
-    if (threadIdx.x == 0) *(static_cast<int>(blockIdx.x) < p.window ? p.grad_weight + blockIdx.x : p.grad_lambda) = sum;
+    if (threadIdx.x > 0) return;
+    *(static_cast<int>(blockIdx.x) < p.window ? p.grad_weight + blockIdx.x : p.grad_lambda) = sum.value();
 }
 
 template <typename T>
