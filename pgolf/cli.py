@@ -97,6 +97,23 @@ def _parser(with_settings: bool) -> argparse.ArgumentParser:
     scoring(sub)
     _set(sub)
 
+    sub = command(
+        "tune-ttt", "find settings of test-time training for a budget of seconds, on training documents alone"
+    )
+    sub.add_argument("path", type=Path, metavar="RUN|FILE")
+    common(sub)
+    sub.add_argument("--budget", type=float, metavar="SECONDS", help="for scoring the whole stream (default: no limit)")
+    sub.add_argument(
+        "--targets",
+        type=int,
+        metavar="N",
+        help="its tokens (default: the manifest's count of validation; for N devices an Nth)",
+    )
+    sub.add_argument("--docs", type=int, default=400, metavar="N", help="training documents to try on (default 400)")
+    sub.add_argument("--trials", type=int, default=32, metavar="N", help="settings to try at most (default 32)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="trials and picture (default: tune-ttt by the artifact)")
+    _set(sub)
+
     sub = command("run", "train, quantize, pack and score: the whole record in one command", settings=True)
     common(sub)
     recipe(sub)
@@ -138,7 +155,7 @@ def _artifact_path(path: Path) -> Path:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """Numbers that would train or score nothing."""
-    for name in ("docs", "stop_after", "budget", "what_if"):
+    for name in ("docs", "stop_after", "budget", "what_if", "targets", "trials"):
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise PgolfError(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -229,6 +246,16 @@ def _eval(args: argparse.Namespace) -> None:
     pipeline.report(run, f"{stage}{' with test-time training' if adapt else ''}", result)
 
 
+def _tune_ttt(args: argparse.Namespace) -> None:
+    from pgolf.tuning import command
+
+    path = _artifact_path(args.path)
+    out = args.out or path.parent / "tune-ttt"
+    command.run(
+        path, args.data, out, _device(args.device), args.assignments, args.budget, args.targets, args.docs, args.trials
+    )
+
+
 def _run(args: argparse.Namespace) -> None:
     _train(args)
     from pgolf import config, pipeline, recipes
@@ -283,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "quantize": _quantize,
         "eval": _eval,
+        "tune-ttt": _tune_ttt,
         "run": _run,
         "generate": _generate,
         "inspect": _inspect,

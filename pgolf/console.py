@@ -20,11 +20,11 @@ def say(text: str) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table, from rank 0 only."""
+    """Print a table, from rank 0 only. Where the terminal is narrow the first column wraps."""
     if parallel.rank() == 0:
         grid = Table(title=title, title_justify="left")
         for index, column in enumerate(columns):
-            grid.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+            grid.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
         for row in rows:
             grid.add_row(*row)
         out.print(grid)

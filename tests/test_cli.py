@@ -26,7 +26,7 @@ TINY = {
     "ttt.global_chunk": 256, "ttt.chunk_size": 16, "ttt.short_chunks": "24:8",
 }  # fmt: skip
 SETTINGS = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
-COMMANDS = ("demo", "data", "train", "quantize", "eval", "run", "generate", "inspect", "doctor")
+COMMANDS = ("demo", "data", "train", "quantize", "eval", "tune-ttt", "run", "generate", "inspect", "doctor")
 TRAIN_SHARD, VAL_SHARD, SIDECAR = (shards.shard_name(k, 0) for k in (shards.TRAIN, shards.VAL, shards.VAL_BYTES))
 
 

@@ -105,12 +105,18 @@ class Engine:
             self._graphs.warm_up(self._step, Shape(documents, inputs, 1, True, inputs if self._memory else 0))
             self.adapters.reset_a()
 
-    def run(self, documents: Sequence[Document], steps: Sequence[Step]) -> Tensor:
-        """The losses of a batch, nats, float32 [steps, documents, chunk]; zero where there is no prediction."""
-        table = to_device(self._rows(documents, steps), self._stream.device)
-        losses = torch.zeros(len(steps), self._documents, max(step.shape.chunk for step in steps), device=table.device)
+    def prepare(self, steps: Sequence[Step]) -> None:
+        """Capture the graphs that these steps need and are not there yet."""
         if self._graphs is not None:
             self._graphs.capture(self._step, [step.shape for step in steps])
+
+    def run(self, documents: Sequence[Document], steps: Sequence[Step]) -> Tensor:
+        """The losses of a batch, nats, float32 [steps, documents, chunk]; zero where there is no prediction.
+
+        The steps must be prepared.
+        """
+        table = to_device(self._rows(documents, steps), self._stream.device)
+        losses = torch.zeros(len(steps), self._documents, max(step.shape.chunk for step in steps), device=table.device)
         self.adapters.start_batch()
         if self._memory is not None:
             self._memory.forget()

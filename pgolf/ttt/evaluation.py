@@ -26,6 +26,7 @@ class TTTResult:
 
     score: Score
     seconds: float
+    preparing: float  # seconds of them in which this rank made engines and graphs: a longer stream needs few more
     nats: NDArray
     bytes: NDArray
     targets: NDArray
@@ -54,6 +55,7 @@ class _Run:
         self.weights = model.frozen_weights()
         self._few_shapes = step_way(config, self.device) == "graphs"
         self._kept: Engine | None = None
+        self.preparing = 0.0
 
     def _engine(self, documents: int) -> Engine:
         """A full batch's A goes on from the last one, a partial batch's starts anew."""
@@ -83,7 +85,11 @@ class _Run:
         """Score one batch of documents chunk by chunk, adapting as it goes."""
         documents = [self.documents[index] for index in batch]
         todo = steps(documents, self.config, self._few_shapes)
-        losses = self._engine(len(batch)).run(documents, todo)
+        started = time.perf_counter()
+        engine = self._engine(len(batch))
+        engine.prepare(todo)
+        self.preparing += time.perf_counter() - started
+        losses = engine.run(documents, todo)
         self.nats[to_device(batch, self.device)] += losses.double().sum((0, 2))
         kept = None if self.losses is None else losses.cpu().numpy()
         for place, step in enumerate(todo):
@@ -158,4 +164,4 @@ def evaluate(
     run.coverage.check(run.device)
     nats = reduce_sum(run.nats).cpu().numpy()
     score = Score(float(nats.sum()), int(byte_counts.sum()), int(targets.sum()))
-    return TTTResult(score, time.perf_counter() - started, nats, byte_counts, targets)
+    return TTTResult(score, time.perf_counter() - started, run.preparing, nats, byte_counts, targets)
