@@ -63,7 +63,7 @@ def _encode(groups: Sequence[Sequence[Matrix]], threads: int | None) -> list[tup
 def _parts(shape: Shape) -> list[slice]:
     """The columns of a matrix in parts of equal width, few entries each: the decoder's longest job is one part.
 
-    Columns, because a trellis runs down them; it costs up to 1 % of an embedding, whose like rows are found less surely.
+    Columns, because a trellis runs down them. It costs up to 1 % of an embedding: like rows are found less surely.
     """
     rows, columns = shape
     count = max(1, min(columns, -(-rows * columns // PART_ENTRIES)))

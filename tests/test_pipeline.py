@@ -1,6 +1,8 @@
 """The stages on a tiny run: train, quantize, pack, reload, score, sample; and the files they leave."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf import artifact, cli, config, generate, loading, pipeline, recipes, source
+from pgolf import artifact, cli, config, generate, loading, pipeline, recipes, score, source
 from pgolf.data import build, shards
 from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf.errors import PgolfError
@@ -189,11 +191,39 @@ def test_the_artifact_carries_the_source_that_counts(run):
     for module in source.reachable(source.ROOTS):
         base = package.joinpath(*module.split("."))
         path = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
-        assert texts[str(path.relative_to(package.parent))] == path.read_text()
+        assert texts[str(path.relative_to(package.parent))] == source.bare(path.read_text())
     coder = [name for name in texts if name.endswith(".cpp")]
     assert coder and all("codec" in name for name in coder)
     sizes = artifact.sizes(run / pipeline.ARTIFACT)
     assert sizes["source"] > 0 and sum(sizes.values()) == (run / pipeline.ARTIFACT).stat().st_size
+
+
+def test_the_source_in_an_artifact_scores_it(run, tmp_path):
+    """Written to an empty folder, with nothing but the compiled decoder beside it, it gives this package's losses."""
+    for name, text in json.loads(artifact.load(run / pipeline.ARTIFACT).source).items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for compiled in source.PACKAGE.glob("_codec*"):
+        shutil.copy(compiled, tmp_path / "pgolf" / compiled.name)
+    code = (
+        "import sys, numpy, torch\n"
+        "from pgolf import loading, score\n"
+        "model = loading.load(sys.argv[1], torch.device('cpu')).model\n"
+        "tokens = numpy.array([1, 20, 21, 22, 1, 23, 24])\n"
+        "result = score.sliding(model, tokens, numpy.ones(7, int), 384, 192, 2)\n"
+        "print(loading.__file__, repr(result.nats))\n"
+    )
+    command = [sys.executable, "-c", code, str(run / pipeline.ARTIFACT)]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=120, cwd=tmp_path
+    )
+    where, nats = ran.stdout.split()
+    assert where.startswith(str(tmp_path))
+    model = loading.load(run / pipeline.ARTIFACT, CPU).model
+    tokens = np.array([1, 20, 21, 22, 1, 23, 24])
+    assert float(nats) == score.sliding(model, tokens, np.ones(7, int), 384, 192, 2).nats
 
 
 def test_scoring_code_holds_what_it_imports_and_nothing_of_training():
