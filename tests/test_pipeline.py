@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf import artifact, cli, config, generate, loading, pipeline, recipes, score, source
+from pgolf import _codec, artifact, cli, config, generate, loading, pipeline, recipes, score, source
 from pgolf.data import build, shards
 from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf.errors import PgolfError
@@ -204,8 +204,8 @@ def test_the_source_in_an_artifact_scores_it(run, tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for compiled in source.PACKAGE.glob("_codec*"):
-        shutil.copy(compiled, tmp_path / "pgolf" / compiled.name)
+    compiled = Path(_codec.__file__)
+    shutil.copy(compiled, tmp_path / "pgolf" / compiled.name)
     code = (
         "import sys, numpy, torch\n"
         "sys.meta_path[:] = [one for one in sys.meta_path if isinstance(one, type)]  # no editable install\n"
