@@ -224,7 +224,8 @@ def test_the_source_in_an_artifact_scores_it(run, tmp_path):
     assert where.startswith(str(tmp_path))
     model = loading.load(run / pipeline.ARTIFACT, CPU).model
     tokens = np.array([1, 20, 21, 22, 1, 23, 24])
-    assert float(nats) == score.sliding(model, tokens, np.ones(7, int), 384, 192, 2).nats
+    here = score.sliding(model, tokens, np.ones(7, int), 384, 192, 2).nats
+    assert float(nats) == pytest.approx(here, rel=1e-6)  # the numbers of threads may differ
 
 
 def test_scoring_code_holds_what_it_imports_and_nothing_of_training():
