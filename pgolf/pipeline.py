@@ -26,9 +26,6 @@ from pgolf.model import BOS, GPT
 CAP = artifact.CAP
 TOKENIZER = "tokenizer.model"
 ARTIFACT = "model.pgolf"
-TUNING_ROOM = (
-    2000  # bytes of a budget that are left for tuning: tuned numbers code as well as the others, but not alike
-)
 
 
 def check_data(data: Path, vocab_size: int) -> str:

@@ -89,6 +89,20 @@ def test_nothing_is_a_valid_content(tmp_path: Path) -> None:
     assert artifact.load(tmp_path / "m") == artifact.Artifact({}, {}, b"")
 
 
+def test_levels_are_copied_from_another_artifact() -> None:
+    """With the other arrays changed, the bytes are those of coding everything anew."""
+    random = np.random.default_rng(0)
+    state = {"a.q": random.integers(-9, 9, (30, 20)).astype(np.int8), "a.scale": random.random(30).astype(np.float16)}
+    before = artifact.pack(state, {"n": 1}, b"code")
+    state["a.scale"] = random.random(30).astype(np.float16)
+    assert artifact.pack(state, {"n": 2}, b"code", levels=before) == artifact.pack(state, {"n": 2}, b"code")
+    for other in ({"a.q": state["a.q"][:9]}, {"b.q": state["a.q"]}):
+        with pytest.raises(ArtifactError, match="holds other matrices"):
+            artifact.pack(other, {}, levels=before)
+    with pytest.raises(ArtifactError, match="the artifact to take levels from is damaged"):
+        artifact.pack(state, {}, levels=before[:-1] + bytes([before[-1] ^ 1]))
+
+
 def test_bytes_are_frozen(tmp_path: Path) -> None:
     """A change of this digest is a change of format: raise VERSION with it."""
     assert hashlib.sha256(written(tmp_path / "m")).hexdigest() == FROZEN

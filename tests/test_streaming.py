@@ -14,7 +14,7 @@ from pgolf.config import ModelConfig, TTTConfig
 from pgolf.errors import PgolfError
 from pgolf.model import BOS, GPT
 from pgolf.ops import attention
-from pgolf.ttt import planning
+from pgolf.ttt import memory, planning
 from pgolf.ttt.engine import Engine
 
 MODEL = ModelConfig(
@@ -306,3 +306,14 @@ def test_two_ranks_score_what_one_scores(tmp_path):
 
 if __name__ == "__main__":
     one_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+
+
+def test_what_a_later_slot_writes_leaves_an_earlier_slots_graph_alone():
+    """The slots share one tensor; an attention that saves its keys must still find them unchanged."""
+    room, index = torch.zeros(2, 1, 4, 1, 2), torch.tensor([1, 2])
+    new = torch.ones(1, 2, 1, 2, requires_grad=True)
+    keys = memory._Append.apply(new, room[0], index)
+    score = (keys * keys).sum()  # saves the keys for its backward
+    memory._Append.apply(new.detach(), room[1], index)
+    score.backward()
+    assert torch.equal(new.grad, torch.full_like(new, 2.0))
