@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.errors import PgolfError
+from pgolf.ops import _flash3
 
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
@@ -27,11 +28,12 @@ class Backend(NamedTuple):
     reason: str
 
 
-def _flash3() -> Varlen:
-    flash = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+def _load_flash3() -> Varlen:
+    attend, backward = _flash3.load()
 
     def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        return flash(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return _flash3.attention(q, k, v, *bounds, None, attend, backward)
 
     return run
 
@@ -72,7 +74,7 @@ def _torch_varlen() -> Varlen:
 
 
 _LOADERS: dict[str, Callable[[], Varlen]] = {
-    "fa3": _flash3,
+    "fa3": _load_flash3,
     "fa4": _flash4,
     "fa2": _flash2,
     "torch-varlen": _torch_varlen,
@@ -169,10 +171,9 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, used: Tensor) -> Tensor:
         if _active is not None and _active is _load("fa3"):
             (batch, length), capacity = q.shape[:2], k.shape[1]
             starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-            flash = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
-            rows = (x.flatten(0, 1) for x in (q, k, v))
+            q_rows, k_rows, v_rows = (x.flatten(0, 1) for x in (q, k, v))
             bounds = (starts * length, starts * capacity, length, capacity)
-            return flash(*rows, *bounds, seqused_k=used, causal=True).view_as(q)  # type: ignore[no-any-return]
+            return _flash3.attention(q_rows, k_rows, v_rows, *bounds, used, *_flash3.load()).view_as(q)
     return cached_reference(q, k, v, used)
 
 
