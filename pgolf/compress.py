@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from pgolf.quantize.solve import GATE_SUFFIX, Fitted, quantize_scaled, quantize_
 from pgolf.schedule import parse_contexts
 from pgolf.source import scoring_source
 
+LARGEST_SLICE = 49_152  # tokens whose gradients are taken together: 26 GB with the record's model
 TUNING_ROOM = 2000  # bytes of a budget left free before tuning, whose numbers may take a few more than those before
 TUNING_TRIES = 3  # solves with more and more room, until what was tuned fits; then the artifact stays as solved
 
@@ -38,6 +40,17 @@ class _Calibration(NamedTuple):
     statistics: Statistics  # Hessians and input RMS
     costs: sensitivity.Sensitivity | None  # mode trellis: how much the loss minds errors
     batches: list[Batch]  # the batches after those, to tune on
+
+
+def _slices(batches: list[Batch], tokens: int) -> Iterator[sensitivity.Slice]:
+    """About `tokens` tokens of the batches (all, if there are fewer), spread evenly, in few and therefore large slices:
+    a backward pass launches thousands of kernels whatever its size."""
+    whole = batches[0].inputs.shape[1]
+    count = min(len(batches), -(-tokens // min(whole, LARGEST_SLICE)))
+    for place in range(count):
+        batch = batches[place * len(batches) // count]
+        size = min(whole, LARGEST_SLICE, -(-tokens // count))
+        yield sensitivity.take(batch.inputs, batch.targets, batch.cu_seqlens, batch.max_seqlen, size)
 
 
 def _calibrate(model: GPT, data: Path, config: Config, device: torch.device) -> _Calibration:
@@ -60,8 +73,7 @@ def _calibrate(model: GPT, data: Path, config: Config, device: torch.device) -> 
     statistics = collect(model, batches, device, model.dtype, all_reduce=everyone)
     costs = None
     if trellis and settings.sensitivity_tokens:
-        tokens = settings.sensitivity_tokens
-        slices = (sensitivity.take(b.inputs, b.targets, b.cu_seqlens, b.max_seqlen, tokens) for b in fresh)
+        slices = _slices(fresh, settings.sensitivity_tokens)
         costs = sensitivity.collect(model, slices, device, model.dtype, all_reduce=everyone)
     return _Calibration(statistics, costs, later)
 

@@ -163,7 +163,7 @@ class QuantizeConfig:
     row_power: float = option(0.5, "trellis: row steps go with sensitivity^(-row_power / 2); 0: equal in a matrix")
     row_floor: float = option(0.01, "trellis: least sensitivity of a row, as a share of its matrix's mean")
     sensitivity_tokens: int = option(
-        16_384, "trellis: tokens of each calibration batch that the loss's gradients are taken of (0: none)"
+        524_288, "trellis: tokens of a rank's calibration batches that the loss's gradients are taken of (0: none)"
     )
     tune_steps: int = option(40, "trellis: steps of training of scales and gains through the frozen levels (0: none)")
     tune_lr: float = option(2e-3, "trellis: learning rate of those steps")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf import codec
+from pgolf import _codec, codec
 from pgolf.codec import CodecError
 
 
@@ -376,3 +376,16 @@ def test_only_int8_matrices_are_coded() -> None:
             codec.encode_matrices([bad])
     with pytest.raises(CodecError, match="threads"):
         codec.encode_matrices([], threads=0)
+
+
+@pytest.mark.parametrize("step", [-16256, -4096, -1, 0, 1, 2047, 2048, 16256])
+def test_every_version_of_linear_prediction_gives_the_same_integers(step: int) -> None:
+    generator = np.random.default_rng(abs(step))
+    weights = generator.integers(-32768, 32768, 512)
+    entries = generator.integers(-127, 128, 512)
+    moved = (weights + ((step * entries + 2048) >> 12)).astype(np.int16)  # modulo 2^16
+    versions = _codec.linear_versions(weights.tolist(), entries.tolist(), step)
+    assert versions
+    for total, found in versions:
+        assert total == weights @ entries
+        assert found == moved.tolist()

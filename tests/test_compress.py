@@ -8,6 +8,7 @@ import torch
 
 from pgolf import compress, recipes
 from pgolf.config import Config, QuantizeConfig, override
+from pgolf.data.loader import Batch
 from pgolf.model import GPT
 from pgolf.quantize.solve import Fitted
 
@@ -19,6 +20,22 @@ def test_calibration_batches(monkeypatch):
         assert compress.calibration_batches(QuantizeConfig(mode=mode)) == count
         assert compress.calibration_batches(QuantizeConfig(mode=mode, calibration_batches=5)) == 5
     assert compress.calibration_batches(QuantizeConfig(mode="trellis", calibration="rank0")) == 32
+
+
+@pytest.mark.parametrize(
+    ("tokens", "taken"),
+    [(1000, {0: 40, 1: 40, 2: 40, 3: 40}), (160, {0: 40, 1: 40, 2: 40, 3: 40}), (70, {0: 35, 2: 35}), (7, {0: 7})],
+)
+def test_sensitivities_come_from_few_large_slices(monkeypatch, tokens, taken):
+    """The slices are as large as may be, and come from batches all over the calibration data."""
+    monkeypatch.setattr(compress, "LARGEST_SLICE", 50)
+    bounds = torch.tensor([0, 30, 40], dtype=torch.int32)
+    batches = [Batch(torch.full((1, 40), i), torch.full((1, 40), i), bounds, 30) for i in range(4)]
+    slices = list(compress._slices(batches, tokens))
+    assert {int(inputs[0, 0]): inputs.shape[1] for inputs, *_ in slices} == taken
+    assert all(int(edges[-1]) == inputs.shape[1] for inputs, _, edges, _ in slices)
+    monkeypatch.setattr(compress, "LARGEST_SLICE", 16)
+    assert [one[0].shape[1] for one in compress._slices(batches, 64)] == [16] * 4
 
 
 class Stages:

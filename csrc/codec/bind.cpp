@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "bytes.h"
+#include "linear.h"
 #include "matrix.h"
 
 namespace py = pybind11;
@@ -191,6 +192,26 @@ py::bytes decode_data(const py::bytes& coded, std::size_t size) {
     return {reinterpret_cast<const char*>(out.data()), out.size()};
 }
 
+// For tests: a dot product and a step of `a` along `b` by every version of Linear's arithmetic that this machine runs.
+template <class Version>
+std::pair<std::int32_t, std::vector<std::int16_t>> linear_by(std::vector<std::int16_t> a,
+                                                             const std::vector<std::int16_t>& b, int step) {
+    const std::int32_t sum = Version::dot(a.data(), b.data(), a.size());
+    Version::move(a.data(), b.data(), step, a.size());
+    return {sum, std::move(a)};
+}
+
+std::vector<std::pair<std::int32_t, std::vector<std::int16_t>>> linear_versions(const std::vector<std::int16_t>& a,
+                                                                                const std::vector<std::int16_t>& b,
+                                                                                int step) {
+    if (a.size() != b.size() || a.size() % 16 != 0) throw std::invalid_argument("whole blocks of 16 are wanted");
+    std::vector found = {linear_by<Portable>(a, b, step)};
+#ifdef PGOLF_X86
+    if (__builtin_cpu_supports("avx2")) found.push_back(linear_by<Wide>(a, b, step));
+#endif
+    return found;
+}
+
 }  // namespace
 }  // namespace pgolf::codec
 
@@ -202,4 +223,5 @@ PYBIND11_MODULE(_codec, m) {
     m.def("decode_groups", &decode_groups, py::arg("groups"), py::arg("threads"));
     m.def("encode_bytes", &encode_data, py::arg("data"));
     m.def("decode_bytes", &decode_data, py::arg("coded"), py::arg("size"));
+    m.def("linear_versions", &linear_versions, py::arg("a"), py::arg("b"), py::arg("step"));
 }

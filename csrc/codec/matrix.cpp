@@ -35,6 +35,7 @@ class RowModel {
     void row(Coder& coder, std::span<std::int8_t> row) {
         linear_.begin_row();
         const Similar::Choice like = similar_.code(coder, [&] { return residuals(row); });
+        linear_.clear();
         const std::span<std::int8_t> residuals = similar_.begin_row();
         std::int32_t row_size = kTypical;
         for (std::size_t j = 0; j < row.size(); ++j) {
@@ -98,6 +99,7 @@ class RowModel {
     // What linear prediction will leave of a row that is known already (to an encoder).
     std::vector<std::int8_t> residuals(std::span<const std::int8_t> row) {
         std::vector<std::int8_t> result(row.size());
+        linear_.clear();
         for (std::size_t j = 0; j < row.size(); ++j) {
             const std::int32_t entry = row[j] * kOne, mean = prediction(j);
             linear_.set(j, scaled(entry, unit_[j]));
