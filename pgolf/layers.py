@@ -19,14 +19,26 @@ from pgolf.ops.xsa_gate import xsa_gate
 Observer = Callable[[tuple[str, ...], Tensor, tuple[Tensor, ...]], None]
 
 
+class Add(Protocol):
+    """Additions to what projections make of an x that `AdapterSet.read` has taken."""
+
+    def __call__(self, targets: tuple[str, ...], out: Tensor, places: Tensor | None = None) -> Tensor:
+        """`out` [B, T, widths of the targets side by side] with what their adapters add to it.
+
+        One without an adapter stays as it is. `out` may be written to. With `places` [B, N], `out` is [B, N, ..], of
+        these places of x.
+        """
+
+
 class AdapterSet(Protocol):
     """What test-time training plugs in: additions to projections' outputs, per document."""
 
-    def add(self, targets: tuple[str, ...], slot: int, x: Tensor, out: Tensor, places: Tensor | None = None) -> Tensor:
-        """`out` [B, T, widths of the targets side by side] with what their adapters make of x [B, T, in].
+    def read(self, group: str, slot: int, x: Tensor) -> tuple[Tensor, Add]:
+        """x [B, T, in], and the additions to what is made of it; adapters read it before anything else does.
 
-        Targets are q, k, v, o, mlp and head; one without an adapter stays as it is. `out` may be written to. With
-        `places` [B, N], `out` is [B, N, ..], of these places of x.
+        Groups: "attention" has the targets q, k, v and o, "mlp" and "head" those of their names. Exactly one product
+        must read the x that comes back, and nothing else: its gradient, the product's own new tensor, is where those
+        of the adapters are added.
         """
 
 
@@ -69,18 +81,21 @@ class Context(NamedTuple):
     kv_heads: int
 
 
+def _nothing(targets: tuple[str, ...], out: Tensor, places: Tensor | None = None) -> Tensor:
+    return out
+
+
 class Hooks(NamedTuple):
     """What one executed layer lets others see and change; all None in training."""
 
-    # `AdapterSet.add` of this slot
-    adapt: Callable[[tuple[str, ...], Tensor, Tensor, Tensor | None], Tensor] | None = None
+    adapt: Callable[[str, Tensor], tuple[Tensor, Add]] | None = None  # `AdapterSet.read` of this slot
     observe: Observer | None = None  # sees what the matrices read and give
     remember: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # `Memory.attend` of this slot
     places: Tensor | None = None  # int64 [B, N]: all that is wanted of the last layer, behind its attention
 
-    def add(self, targets: tuple[str, ...], x: Tensor, out: Tensor, places: Tensor | None = None) -> Tensor:
-        """`out`, the projections `targets` of x (at `places`), with their adapters' additions."""
-        return out if self.adapt is None else self.adapt(targets, x, out, places)
+    def read(self, group: str, x: Tensor) -> tuple[Tensor, Add]:
+        """x for the projections of the group to read, and what their adapters add."""
+        return (x, _nothing) if self.adapt is None else self.adapt(group, x)
 
     def wanted(self, x: Tensor) -> Tensor:
         """x [B, T, ..] at the wanted places, [B, N, ..]."""
@@ -103,13 +118,14 @@ def attend(
     n: Tensor, gate: Tensor | None, layer: Layer, context: Context, xsa: bool, hooks: Hooks = NO_HOOKS
 ) -> Tensor:
     """The attention branch: n [B, T, D] (normed, scaled), gate [B, T, H] -> [B, T, D]."""
+    n, add = hooks.read("attention", n)
     qkv = F.linear(n, layer.qkv)
     if hooks.observe is not None:
         kv_dim = (qkv.shape[-1] - n.shape[-1]) // 2
         parts = qkv.split((n.shape[-1], kv_dim, kv_dim), dim=-1)
         hooks.see(("attn.c_q", "attn.c_k", "attn.c_v"), n, *parts)
         qkv = torch.cat(parts, dim=-1)  # of the parts: the observer may wait for their gradients
-    qkv = hooks.add(("q", "k", "v"), n, qkv)
+    qkv = add(("q", "k", "v"), qkv)
     q, k, v, v_self = qk_rope(qkv, layer.q_gain, context.cos, context.sin, context.kv_heads)
     if hooks.remember is None:
         y = attention(q, k, v, context.cu_seqlens, context.max_seqlen)
@@ -118,11 +134,12 @@ def attend(
     y = xsa_gate(hooks.wanted(y), hooks.wanted(v_self), None if gate is None else hooks.wanted(gate), xsa)
     out = F.linear(y, layer.o)
     hooks.see(("attn.proj",), y, out)
-    return hooks.add(("o",), n, out, hooks.places)
+    return add(("o",), out, hooks.places)
 
 
 def mlp(n: Tensor, layer: Layer, hooks: Hooks = NO_HOOKS) -> Tensor:
     """The MLP branch: down(leaky_relu(up(n), 0.5) squared), n [B, T, D] -> [B, T, D]."""
+    n, add = hooks.read("mlp", n)
     if hooks.observe is None:
         out = fused_mlp(n, layer.up, layer.down)
     else:
@@ -131,7 +148,7 @@ def mlp(n: Tensor, layer: Layer, hooks: Hooks = NO_HOOKS) -> Tensor:
         hidden = F.leaky_relu(up, 0.5).square()
         out = F.linear(hidden, layer.down)
         hooks.see(("mlp.proj",), hidden, out)
-    return hooks.add(("mlp",), n, out)
+    return add(("mlp",), out)
 
 
 class Stream(NamedTuple):

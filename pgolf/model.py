@@ -231,7 +231,7 @@ class GPT(nn.Module):
         """The hooks of one executed layer; none on the plain path, so that it compiles alone."""
         observer = self.observer
         return Hooks(
-            None if adapters is None else lambda targets, x, out, at: adapters.add(targets, slot, x, out, at),
+            None if adapters is None else lambda group, x: adapters.read(group, slot, x),
             None if observer is None else lambda roles, x, outputs: observer(_weights(i, roles), x, outputs),
             None if memory is None else lambda q, k, v: memory.attend(slot, q, k, v),
             places,
@@ -240,8 +240,10 @@ class GPT(nn.Module):
     def raw_logits(self, h: Tensor, adapters: AdapterSet | None = None, weights: Weights | None = None) -> Tensor:
         """Logits before any softcap: h [B, T, D] -> [B, T, V] in h's type."""
         embedding = self.tok_emb.weight if weights is None else weights.embedding
-        logits = F.linear(h, embedding.to(h.dtype))
-        return logits if adapters is None else adapters.add(("head",), 0, h, logits)
+        if adapters is None:
+            return F.linear(h, embedding.to(h.dtype))
+        h, add = adapters.read("head", 0, h)
+        return add(("head",), F.linear(h, embedding.to(h.dtype)))
 
     def eval_logits(self, h: Tensor, adapters: AdapterSet | None = None, weights: Weights | None = None) -> Tensor:
         """Logits as scored, float32: softcap_pos above zero, softcap_neg elsewhere."""

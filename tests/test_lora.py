@@ -1,17 +1,20 @@
 """Adapters against golden vectors, and what a step does to documents that are finished."""
 
+import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgolf.config import ModelConfig, TTTConfig
 from pgolf.errors import PgolfError
+from pgolf.layers import NO_HOOKS, Hooks, at, attend, mlp
 from pgolf.model import GPT
 from pgolf.score import token_losses
-from pgolf.ttt.adapters import NAMES, Adapters, Rows, output_width, uniform_a
+from pgolf.ttt.adapters import NAMES, READS, Adapters, Rows, output_width, uniform_a
 
 MODEL = ModelConfig(
     num_layers=4, model_dim=16, num_heads=2, num_kv_heads=1, vocab_size=32, mlp_mult=2.0, rope_dims=4,
@@ -35,8 +38,8 @@ def adapters(documents: int = 3, config: TTTConfig = CONFIG) -> Adapters:
 
 def delta(rows: Rows, target: str, slot: int, x: torch.Tensor) -> torch.Tensor:
     """What the adapter of one target adds."""
-    width = output_width(MODEL, target)
-    return rows.add((target,), slot, x, torch.zeros(*x.shape[:2], width))
+    _, add = rows.read(READS[target], slot, x)
+    return add((target,), torch.zeros(*x.shape[:2], output_width(MODEL, target)))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -100,7 +103,10 @@ def test_targets_choose_the_adapted_projections():
     assert delta(rows, "k", 0, x).shape == (3, 5, 8)
     assert delta(rows, "head", 0, x).shape == (3, 5, 32)
     out = torch.ones(3, 5, 16 + 2 * 8)
-    assert rows.add(("q", "v"), 0, x, out) is out and rows.add(("mlp",), 0, x, out) is out
+    _, add = rows.read("attention", 0, x)
+    assert add(("q", "v"), out) is out and add(("q", "k", "v"), out) is not out
+    same, add = rows.read("mlp", 0, x)
+    assert same is x and add(("mlp",), out) is out
 
 
 def test_delta_is_the_scaled_product_of_its_own_document():
@@ -121,31 +127,42 @@ def test_initial_a_is_uniform_and_repeatable():
     assert float(wide.std()) == pytest.approx(0.1 / 3**0.5, rel=0.01)
 
 
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("targets", ["q,k,v,o,mlp,head", "k,o", "v", "o"])
 @pytest.mark.parametrize("first", [0, 1])
-def test_gradients_are_those_of_autograd(first):
-    """Written straight to their places by the backward pass, of all targets that read the same x as well."""
-    lora, generator = adapters(), torch.Generator().manual_seed(1)
+def test_gradients_are_those_of_autograd(first, targets, needs_x):
+    """Those of the adapters, written straight to their places, and that of the x which they and a product read."""
+    lora, generator = adapters(config=dataclasses.replace(CONFIG, targets=targets)), torch.Generator().manual_seed(1)
     weights = lora.named()
     for tensor in weights.values():
         tensor.normal_(generator=generator)
     x, base, other = (torch.randn(3 - first, 5, width, generator=generator) for width in (16, 32, 16))
+    places = torch.tensor([[1, 3], [4, 0], [2, 2]])[first:]
+    matrix = torch.randn(32, 16, generator=generator)
     plain = {name: tensor[first:].clone().requires_grad_() for name, tensor in weights.items()}
 
-    def product(name: str, x: torch.Tensor) -> torch.Tensor:
+    def product(target: str, x: torch.Tensor) -> torch.Tensor:
+        name = f"{target}_loras.0"
+        if f"{name}.A" not in plain:
+            return torch.zeros(*x.shape[:2], output_width(MODEL, target))
         return 2.0 * x @ plain[f"{name}.A"].mT @ plain[f"{name}.B"].mT
 
-    expected_x = x.clone().requires_grad_()
-    expected = base + torch.cat([product(f"{target}_loras.0", expected_x) for target in "qkv"], dim=-1)
-    expected_o = other + product("o_loras.0", expected_x)
+    expected_x = x.clone().requires_grad_(needs_x)
+    read = expected_x.sin()  # as in the network, no leaf
+    expected = read @ matrix.T + base + torch.cat([product(target, read) for target in "qkv"], dim=-1)
+    expected_o = at(other + product("o", read), places)
     (expected.square().sum() + expected_o.square().sum()).backward()
 
-    found_x, rows = x.clone().requires_grad_(), lora.rows(first)
-    found = rows.add(("q", "k", "v"), 0, found_x, base.clone())
-    found_o = rows.add(("o",), 0, found_x, other.clone())
+    found_x = x.clone().requires_grad_(needs_x)
+    read, add = lora.rows(first).read("attention", 0, found_x.sin())
+    assert read.requires_grad == needs_x
+    found = add(("q", "k", "v"), read @ matrix.T + base)
+    found_o = add(("o",), at(other, places), places)
     (found.square().sum() + found_o.square().sum()).backward()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found_o, expected_o, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(found_x.grad, expected_x.grad, rtol=1e-4, atol=1e-3)
+    if needs_x:
+        torch.testing.assert_close(found_x.grad, expected_x.grad, rtol=1e-4, atol=1e-3)
     for name, grad in lora.named_grads().items():
         if plain[name].grad is None:
             assert not grad.any(), name
@@ -154,11 +171,46 @@ def test_gradients_are_those_of_autograd(first):
             assert not grad[:first].any()
 
 
+class Sums(TorchDispatchMode):
+    """Counts the additions of two tensors of one shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+            self.count += all(isinstance(each, torch.Tensor) and each.shape == self.shape for each in arguments)
+        return function(*arguments, **(options or {}))
+
+
+def test_adapters_leave_no_gradients_to_be_added_up():
+    """In one layer, the sums that are left are those of the network itself."""
+    model = GPT(MODEL).initialize(0).requires_grad_(False)
+    layer = model._layers(model.frozen_weights())[0]
+    context = model._context(torch.arange(5.0), None, None)
+    n = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    lora = adapters()
+    for tensor in lora.named().values():
+        tensor.normal_(generator=torch.Generator().manual_seed(1))
+    rows = lora.rows()
+    results = {}
+    for adapted in (False, True):
+        hooks = Hooks(lambda group, x: rows.read(group, 0, x)) if adapted else NO_HOOKS
+        x = n.clone().requires_grad_()
+        out = mlp(attend(x.cos(), None, layer, context, False, hooks), layer, hooks)
+        with Sums(n.shape) as sums:
+            out.square().sum().backward()
+        results[adapted] = sums.count, x.grad
+    assert results[True][0] == results[False][0]
+    assert not torch.allclose(results[True][1], results[False][1])  # the adapters did take part
+
+
 def test_a_projection_that_is_kept_for_a_backward_pass_is_not_changed_unnoticed():
     out = torch.randn(3, 5, 16, requires_grad=True).exp()  # whose backward reads its result
     lora = adapters()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        lora.rows().add(("o",), 0, torch.ones(3, 5, 16), out).sum().backward()
+        lora.rows().read("attention", 0, torch.ones(3, 5, 16))[1](("o",), out).sum().backward()
 
 
 def test_step_matches_adamw_written_out_and_decays_left_out_documents():
@@ -210,7 +262,7 @@ def test_a_copy_in_the_compute_type_follows_the_weights():
         return [*views.a.values(), *views.b.values()]
 
     def take_step() -> None:
-        lora.rows().add(("o",), 0, x, torch.zeros(3, 5, 16, dtype=torch.bfloat16)).sum().backward()
+        lora.rows().read("attention", 0, x)[1](("o",), torch.zeros(3, 5, 16, dtype=torch.bfloat16)).sum().backward()
         lora.step()
 
     def load() -> None:

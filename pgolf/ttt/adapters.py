@@ -3,7 +3,8 @@
 All adapters of a batch live in one flat float32 tensor (every A first, then every B), and so do the optimizer's state,
 the gradients and, where the network computes in bfloat16, the copy that it reads. A step, zeroing B and returning A to
 its start are then one call each, whatever the number of layers. Gradients go straight to their places in the flat
-tensor (`_Down`, `_Up`): autograd has nothing to gather.
+tensor (`_Tap`, `_Up`): autograd has nothing to gather, and nothing to add up, since that of an x is summed by the
+product that adds to it.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pgolf.config import ModelConfig, TTTConfig
 from pgolf.errors import PgolfError
-from pgolf.layers import at
+from pgolf.layers import Add, at
 from pgolf.ops.adamw import adamw
 
 # Adapted projection -> its name in a state dict, in the order in which A is drawn.
@@ -49,8 +50,12 @@ def output_width(config: ModelConfig, target: str) -> int:
     return {"k": config.kv_dim, "v": config.kv_dim, "head": config.vocab_size}.get(target, config.model_dim)
 
 
-class _Down(torch.autograd.Function):
-    """x A^T of adapters that read the same x, one part each; the gradient of A goes to `grad_a`."""
+class _Tap(torch.autograd.Function):
+    """x, for the network to go on with, and x A^T of adapters that read it, one part each.
+
+    The gradient of A goes to `grad_a`, and the adapters' part of that of x is added in the memory of the network's:
+    the product that alone read x made it for us (`layers.AdapterSet`), so nobody else sees it change.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -58,14 +63,17 @@ class _Down(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, a)
         ctx.grad_a = grad_a
-        return torch.bmm(x, a.mT).chunk(parts, dim=-1)
+        same = x.detach()
+        if not ctx.needs_input_grad[0]:  # nor does the network's product then compute one, whatever the tape asks
+            ctx.mark_non_differentiable(same)
+        return same, *torch.bmm(x, a.mT).chunk(parts, dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_x: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, a = ctx.saved_tensors
         grad = torch.cat(grads, dim=-1) if len(grads) > 1 else grads[0]
         torch.bmm(grad.mT, x, out=ctx.grad_a)
-        return torch.bmm(grad, a) if ctx.needs_input_grad[0] else None, None, None, None, None
+        return grad_x.baddbmm_(grad, a) if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
 class _Up(torch.autograd.Function):
@@ -106,32 +114,29 @@ class Rows:
     def __init__(self, adapters: "Adapters", first: int) -> None:
         self._adapters, self._first = adapters, first
         self._weights, self._grads = adapters.views(adapters.seen), adapters.views(adapters.grad)
-        self._held: tuple[Place, Tensor, dict[str, Tensor]] | None = None
 
-    def add(self, targets: tuple[str, ...], slot: int, x: Tensor, out: Tensor, places: Tensor | None = None) -> Tensor:
-        """As `layers.AdapterSet`: x [documents - first, T, in], and `out` is written to.
+    def read(self, group: str, slot: int, x: Tensor) -> tuple[Tensor, Add]:
+        """As `layers.AdapterSet`: x [documents - first, T, in], and what is added to is written to.
 
-        Every target of a slot is called for once a pass, and with one x all targets that read the same.
+        Every group and slot is called for once a pass, and so is every target's addition.
         """
-        column = 0
-        for target in targets:
-            if target in self._adapters.readers[READS[target]]:
-                xa = self._read(READS[target], slot, x)[target]
-                xa = xa if places is None else at(xa, places)
-                b, grad_b = (views.b[target, slot][self._first :] for views in (self._weights, self._grads))
-                out = _Up.apply(out, xa, b, grad_b, self._adapters.scale, column)
-            column += self._adapters.widths[target]
-        return out
+        projected: dict[str, Tensor] = {}  # x A^T [.., T, rank] of every target of the group
+        if readers := self._adapters.readers[group]:
+            a, grad_a = (views.a[group, slot][self._first :] for views in (self._weights, self._grads))
+            x, *parts = _Tap.apply(x, a, self._adapters.tape, grad_a, len(readers))
+            projected = dict(zip(readers, parts, strict=True))
 
-    def _read(self, group: str, slot: int, x: Tensor) -> dict[str, Tensor]:
-        """x A^T [.., T, rank] of every target of the group."""
-        place = (group, slot)
-        if self._held is None or self._held[0] != place or self._held[1] is not x:
-            readers = self._adapters.readers[group]
-            a, grad_a = (views.a[place][self._first :] for views in (self._weights, self._grads))
-            parts = _Down.apply(x, a, self._adapters.tape, grad_a, len(readers))
-            self._held = (place, x, dict(zip(readers, parts, strict=True)))
-        return self._held[2]
+        def add(targets: tuple[str, ...], out: Tensor, places: Tensor | None = None) -> Tensor:
+            column = 0
+            for target in targets:
+                if target in projected:
+                    xa = projected[target] if places is None else at(projected[target], places)
+                    b, grad_b = (views.b[target, slot][self._first :] for views in (self._weights, self._grads))
+                    out = _Up.apply(out, xa, b, grad_b, self._adapters.scale, column)
+                column += self._adapters.widths[target]
+            return out
+
+        return x, add
 
 
 class Adapters:
