@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf.ops.attention import attention
+from pgolf.ops.attention import attention, cached_attention
 from pgolf.ops.lanes import lanes as mix_lanes
 from pgolf.ops.mlp import mlp as fused_mlp
 from pgolf.ops.qk_rope import qk_rope
@@ -51,8 +51,12 @@ class Memory(Protocol):
     def positions(self, length: int) -> Tensor:
         """Places in their documents of the `length` tokens that are run, float32."""
 
-    def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of q [B, T, H, d] over earlier tokens and over k, v [B, T, Hk, d], which are kept from now on."""
+    def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None = None) -> Tensor:
+        """Attention of q [B, T, H, d] over earlier tokens and over k, v [B, T, Hk, d], which are kept from now on.
+
+        With `ends` int32 [B], q is [B, N, H, d], of the N tokens before place ends[b] of row b, and the gradients of
+        k and v are defined only up to there.
+        """
 
 
 class Layer(NamedTuple):
@@ -90,8 +94,8 @@ class Hooks(NamedTuple):
 
     adapt: Callable[[str, Tensor], tuple[Tensor, Add]] | None = None  # `AdapterSet.read` of this slot
     observe: Observer | None = None  # sees what the matrices read and give
-    remember: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # `Memory.attend` of this slot
-    places: Tensor | None = None  # int64 [B, N]: all that is wanted of the last layer, behind its attention
+    remember: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None  # `Memory.attend` of this slot
+    places: Tensor | None = None  # int64 [B, N]: all that is wanted of the last layer, as in `GPT.hidden`
 
     def read(self, group: str, x: Tensor) -> tuple[Tensor, Add]:
         """x for the projections of the group to read, and what their adapters add."""
@@ -127,14 +131,34 @@ def attend(
         qkv = torch.cat(parts, dim=-1)  # of the parts: the observer may wait for their gradients
     qkv = add(("q", "k", "v"), qkv)
     q, k, v, v_self = qk_rope(qkv, layer.q_gain, context.cos, context.sin, context.kv_heads)
-    if hooks.remember is None:
-        y = attention(q, k, v, context.cu_seqlens, context.max_seqlen)
+    if hooks.places is not None:
+        y = _attention_at(hooks.places, q, k, v, hooks)
+    elif hooks.remember is not None:
+        y = hooks.remember(q, k, v, None)
     else:
-        y = hooks.remember(q, k, v)
-    y = xsa_gate(hooks.wanted(y), hooks.wanted(v_self), None if gate is None else hooks.wanted(gate), xsa)
+        y = attention(q, k, v, context.cu_seqlens, context.max_seqlen)
+    y = xsa_gate(y, hooks.wanted(v_self), None if gate is None else hooks.wanted(gate), xsa)
     out = F.linear(y, layer.o)
     hooks.see(("attn.proj",), y, out)
     return add(("o",), out, hooks.places)
+
+
+def _attention_at(places: Tensor, q: Tensor, k: Tensor, v: Tensor, hooks: Hooks) -> Tensor:
+    """Attention of the tokens at `places` alone, [B, N, H, d].
+
+    Computed of the N tokens from a row's first place on, or of its last N where fewer follow, as a short chunk's.
+    """
+    length = q.shape[1]
+    count = min(places.shape[1], length)
+    first = places[:, :1].clamp(max=length - count)
+    q = at(q, first + torch.arange(count, device=q.device))
+    ends = first + count
+    seen = (torch.arange(length, device=q.device) < ends)[..., None, None]
+    # Attention leaves the gradients of what it does not see undefined; `where` makes them zero, even those not finite.
+    k, v = (torch.where(seen, x, 0) for x in (k, v))
+    remember = hooks.remember or cached_attention
+    y = remember(q, k, v, ends[:, 0].int())
+    return at(y, (places - first).clamp(min=0))  # what is past a short chunk gets the values of some token
 
 
 def mlp(n: Tensor, layer: Layer, hooks: Hooks = NO_HOOKS) -> Tensor:

@@ -180,7 +180,8 @@ class GPT(nn.Module):
         `cu_seqlens` int32 [S+1] cuts one packed row (B = 1) into segments that cannot see each other; None makes
         each row one segment. `max_seqlen` (tokens) bounds the longest segment. `weights` are used in place of the
         parameters' own. With `memory`, ids are [B, 1 + T] and each row goes on where earlier calls ended. With
-        `places` int64 [B, N] only these outputs are computed, [B, N, D].
+        `places` int64 [B, N] (and no `cu_seqlens`) only these outputs are computed, [B, N, D]: those of a row follow
+        one another, then 0 may stand where none is wanted and what comes out is finite, but of no meaning.
         """
         config = self.config
         weights = self.weights() if weights is None else weights
@@ -233,7 +234,7 @@ class GPT(nn.Module):
         return Hooks(
             None if adapters is None else lambda group, x: adapters.read(group, slot, x),
             None if observer is None else lambda roles, x, outputs: observer(_weights(i, roles), x, outputs),
-            None if memory is None else lambda q, k, v: memory.attend(slot, q, k, v),
+            None if memory is None else lambda q, k, v, ends: memory.attend(slot, q, k, v, ends),
             places,
         )
 

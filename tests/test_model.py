@@ -10,6 +10,7 @@ import torch
 from pgolf.config import ModelConfig
 from pgolf.layers import at
 from pgolf.model import GPT, layer_order
+from pgolf.ops import attention
 
 SMALL = ModelConfig(
     num_layers=5, model_dim=32, num_heads=4, num_kv_heads=2, vocab_size=64, rope_dims=4, loop_start=1, loop_end=2,
@@ -124,25 +125,53 @@ def test_initial_weights_follow_the_seed():
     assert first["smear_gate.weight"].abs().sum() == 0
 
 
+class Poison(torch.autograd.Function):
+    """Keys or values whose gradients from used[b] on are what a kernel finds in memory."""
+
+    @staticmethod
+    def forward(ctx, x, used):
+        ctx.save_for_backward(used)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (used,) = ctx.saved_tensors
+        behind = torch.arange(grad.shape[1]) >= used[:, None]
+        return grad.masked_fill(behind[..., None, None], torch.nan), None
+
+
 @pytest.mark.parametrize("changes", [{}, {"parallel_start_layer": 5}, {"num_layers": 1, "num_loops": 0}])
 @pytest.mark.parametrize("looping", [False, True])
-def test_wanted_places_are_those_of_all(looping, changes):
-    """Values and gradients, in rows that want different places, some of them twice."""
+@pytest.mark.parametrize("length", [11, 2])
+def test_wanted_places_are_those_of_all(length, looping, changes, monkeypatch):
+    """Values and gradients; rows want different places, some fewer than there is room for, one none."""
+    queries = []
+
+    def poisoned(q, k, v, used):
+        queries.append(q.shape[1])
+        return attention.cached_reference(q, Poison.apply(k, used), Poison.apply(v, used), used)
+
+    monkeypatch.setattr("pgolf.layers.cached_attention", poisoned)
     model = GPT(dataclasses.replace(SMALL, **changes)).initialize(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     model.looping = looping and SMALL.num_loops > 0
     generator = torch.Generator().manual_seed(4)
-    ids = torch.randint(0, 64, (3, 11), generator=generator)
-    places = torch.tensor([[0, 1, 2], [4, 0, 4], [8, 9, 10]])
-    weight = torch.randn(3, 3, 32, generator=generator)
+    table = {11: [[0, 1, 2], [4, 5, 0], [8, 9, 10], [9, 10, 0], [10, 0, 0], [0, 0, 0]], 2: [[0, 1, 0], [1, 0, 0]]}
+    counts = {11: [3, 2, 3, 2, 1, 0], 2: [2, 1]}
+    places, count = torch.tensor(table[length]), torch.tensor(counts[length])
+    ids = torch.randint(0, 64, (len(places), length), generator=generator)
+    wanted = (torch.arange(3) < count[:, None])[..., None]
+    weight = torch.randn(len(places), 3, 32, generator=generator) * wanted
     gradients = []
     for few in (False, True):
         model.zero_grad()
         found = model.hidden(ids, places=places) if few else at(model.hidden(ids), places)
+        assert found.isfinite().all()
         (found * weight).sum().backward()
         gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()])
-        gradients[-1].append(found.detach())
+        gradients[-1].append(found.detach() * wanted)
+    assert queries == [min(3, length)]
     for some, every in zip(*gradients, strict=True):
         torch.testing.assert_close(some, every, rtol=1e-4, atol=1e-5)

@@ -94,6 +94,27 @@ def test_refreshing_more_comes_closer_to_window_mode():
     assert errors == sorted(errors, reverse=True) and errors[0] > 100 * errors[-1]
 
 
+@pytest.mark.parametrize("chunk", [4, 100])  # 100: chunks longer than what runs
+@pytest.mark.parametrize("mode", ["window", "streaming"])
+def test_padding_of_windows_and_chunks_changes_nothing(mode, chunk, monkeypatch):
+    """As graphs pad them; some last chunks are short and end where their window must."""
+    tokens, settings = (
+        stream((7, 30, 1, 2, 19, 23, 41)),
+        config(mode=mode, chunk_size=chunk, context=24 if chunk == 4 else 128),
+    )
+    exact, honest = losses_of(tokens, settings), planning.steps
+    shapes = []
+
+    def few(documents, config, few_shapes):
+        found = honest(documents, config, True)
+        shapes.extend(step.shape for step in found)
+        return found
+
+    monkeypatch.setattr("pgolf.ttt.evaluation.steps", few)
+    np.testing.assert_allclose(losses_of(tokens, settings), exact, rtol=0, atol=1e-5)
+    assert any(shape.inputs < shape.chunk for shape in shapes) == (chunk == 100)
+
+
 # ---- the memory
 
 

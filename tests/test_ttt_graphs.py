@@ -9,6 +9,7 @@ import torch
 from pgolf import ttt
 from pgolf.config import ModelConfig, TTTConfig
 from pgolf.errors import PgolfError
+from pgolf.layers import at
 from pgolf.model import BOS, GPT
 from pgolf.ops import _native, attention
 from pgolf.ttt import planning
@@ -111,6 +112,32 @@ def test_attention_over_a_memory(gpu) -> None:
         results.append((out.detach().float(), *grads))
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_wanted_places_are_those_of_all(gpu) -> None:
+    """Values and gradients against float32 of all places; what attention leaves unwritten, NaN here, reaches nobody."""
+    model, length = model_on(gpu), 320
+    ids = torch.randint(8, 320, (4, length), generator=torch.Generator(gpu).manual_seed(0), device=gpu)
+    places = torch.tensor([0, 100, 304, 310], device=gpu)[:, None] + torch.arange(16, device=gpu)
+    wanted = places < length
+    places = torch.where(wanted, places, 0)
+    weight = torch.randn(4, 16, 128, generator=torch.Generator(gpu).manual_seed(1), device=gpu) * wanted[..., None]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.dtype = dtype
+        model.zero_grad(set_to_none=True)
+        if dtype == torch.float32:
+            found = at(model.hidden(ids), places)
+        else:
+            unwritten = [torch.full((1 << size,), torch.nan, device=gpu) for size in range(8, 24) for _ in range(8)]
+            del unwritten  # the allocator hands this memory out again
+            found = model.hidden(ids, places=places)
+            assert found.isfinite().all()
+        (found.float() * weight).sum().backward()
+        results.append([found.detach().float() * wanted[..., None], model.qo_bank.grad, model.kv_bank.grad])
+    for expected, some in zip(*results, strict=True):
+        assert (some - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.gpu

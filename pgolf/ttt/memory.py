@@ -38,18 +38,19 @@ class Recent:
         self._entries = entries
         self._positions = (start + steps).float()
         self._index = start - origin + steps
-        self._used = (start - origin + length).int().repeat(entries.shape[2])
+        self._earlier = (start - origin).int()
+        self._used = (self._earlier + length).repeat(entries.shape[2])
 
     def positions(self, length: int) -> Tensor:
         """As `layers.Memory`; `length` is the one given at first."""
         return self._positions
 
-    def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, slot: int, q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None = None) -> Tensor:
         """As `layers.Memory`. Only k and v of this pass have gradients."""
         keys, values = (
             _Append.apply(new, entries[slot], self._index) for new, entries in zip((k, v), self._entries, strict=True)
         )
-        return cached_attention(q, keys, values, self._used)
+        return cached_attention(q, keys, values, self._used if ends is None else self._earlier + ends)
 
 
 class Memory:
