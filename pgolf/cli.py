@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -299,6 +300,16 @@ def _doctor(args: argparse.Namespace) -> None:
         console.say(f"{what:<24} {found}")
 
 
+def _complain(text: str) -> None:
+    """Print why a command ends, once for all ranks that find the same."""
+    if "torch" not in sys.modules and "RANK" not in os.environ:  # alone, and without the seconds that torch takes
+        print(f"pgolf: {text}", file=sys.stderr)
+        return
+    from pgolf import parallel
+
+    parallel.complain(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a mistake that the printed line explains, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -323,13 +334,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_numbers(args)
         handlers[args.command](args)
     except PgolfError as error:
-        print(f"pgolf: {error}", file=sys.stderr)
+        _complain(str(error))
         code = 2
     except Stopped as stopped:
-        print(f"pgolf: {stopped}", file=sys.stderr)
+        _complain(str(stopped))
         code = INTERRUPTED
     except KeyboardInterrupt:
-        print("pgolf: interrupted", file=sys.stderr)
+        _complain("interrupted")
         code = INTERRUPTED
     if "torch" not in sys.modules:
         return code

@@ -179,7 +179,7 @@ def compress(model: GPT, config: Config, data: Path, device: torch.device, token
         if tuning:
             tuned = _tune(model, config, fitted, calibration.batches, pack)
             clock.lap("tune")
-            left = parallel.smallest(math.inf if tuned is None else budget - len(tuned.packed), device)
+            left = parallel.smallest(math.inf if tuned is None else budget - len(tuned.packed))
             if left >= 0:
                 fitted = tuned
                 break

@@ -39,7 +39,7 @@ def largest_micro_batch(config: Config, device: torch.device, dtype: torch.dtype
     room = SHARE * (free + torch.cuda.memory_reserved(device)) - state
     del model, optimizer
     torch.cuda.empty_cache()
-    fits = parallel.smallest(room / per_token, device)
+    fits = parallel.smallest(room / per_token)
     sizes = [share // parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fits]
     if not sizes:
         raise PgolfError(

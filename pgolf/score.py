@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pgolf import parallel
 from pgolf.errors import PgolfError
 from pgolf.layers import AdapterSet
 from pgolf.model import BOS, GPT, Weights
@@ -71,9 +71,9 @@ class Coverage:
     def add(self, start: int, end: int) -> None:
         self.counts[start:end] += 1
 
-    def check(self, device: torch.device) -> None:
+    def check(self) -> None:
         """Sum over ranks and raise PgolfError unless every count is 1."""
-        counts = reduce_sum(torch.from_numpy(self.counts).to(device)).cpu().numpy()
+        counts = parallel.sum_(torch.from_numpy(self.counts)).numpy()
         wrong = np.flatnonzero(counts != 1)
         if len(wrong):
             raise PgolfError(
@@ -84,16 +84,7 @@ class Coverage:
 
 def world() -> tuple[int, int]:
     """(rank, world size); (0, 1) outside torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def reduce_sum(values: Tensor) -> Tensor:
-    """Sum a tensor over ranks, in place; returns it."""
-    if world()[1] > 1:
-        dist.all_reduce(values)
-    return values
+    return parallel.rank(), parallel.world_size()
 
 
 def check_stream(model: GPT, tokens: NDArray, token_bytes: NDArray) -> None:
@@ -236,8 +227,8 @@ def score_packs(
         if progress is not None:
             nats, seen, done = sums.tolist()
             progress(int(done), total, bits_per_byte(nats, seen) if seen else math.inf)
-    coverage.check(device)
-    nats, seen, done = reduce_sum(sums).tolist()
+    coverage.check()
+    nats, seen, done = parallel.sum_(sums.cpu()).tolist()
     return Score(nats, int(seen), int(done))
 
 

@@ -228,6 +228,7 @@ def _train(
         parallel.barrier()
         with StopSignal() as stop, open(run / "metrics.jsonl", "a") as metrics:
             _loop(trainer, limit, by_step, stop, metrics if parallel.rank() == 0 else None, progress)
+        parallel.check_same(trainer.model.parameters(), "weights")
         return trainer
     except OSError as error:
         raise PgolfError(f"cannot write in {run}: {error.strerror}; free space or choose another folder") from error
@@ -255,7 +256,7 @@ def _loop(
     pending: list[tuple[int, float, torch.Tensor]] = []
     previous: Any = None
     while True:
-        trainer.elapsed, stopping = parallel.agree(time.perf_counter() - begun, stop.wanted, device)
+        trainer.elapsed, stopping = parallel.agree(time.perf_counter() - begun, stop.wanted)
         finished = trainer.step >= settings.steps or (trainer.step if by_step else trainer.elapsed) >= limit
         if finished or stopping:
             _losses(pending, trainer.step)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pgolf import parallel
 from pgolf.config import TTTConfig
 from pgolf.model import GPT
-from pgolf.score import Coverage, Progress, Score, bits_per_byte, check_stream, reduce_sum, to_device, world
+from pgolf.score import Coverage, Progress, Score, bits_per_byte, check_stream, to_device, world
 from pgolf.ttt.adapters import InitialA, uniform_a
 from pgolf.ttt.engine import Engine, step_way
 from pgolf.ttt.phase import global_phase, gradients
@@ -161,7 +162,7 @@ def evaluate(
                     run.global_phase(stage.prefix)
     finally:
         model.looping = was_looping
-    run.coverage.check(run.device)
-    nats = reduce_sum(run.nats).cpu().numpy()
+    run.coverage.check()
+    nats = parallel.sum_(run.nats.cpu()).numpy()
     score = Score(float(nats.sum()), int(byte_counts.sum()), int(targets.sum()))
     return TTTResult(score, time.perf_counter() - started, run.preparing, nats, byte_counts, targets)

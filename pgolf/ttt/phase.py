@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
+from pgolf import parallel
 from pgolf.config import TTTConfig
 from pgolf.model import GPT
 from pgolf.score import boundaries, pad_boundaries, to_device, world
@@ -38,7 +38,9 @@ def global_phase(model: GPT, stream: NDArray, config: TTTConfig) -> None:
     which may be short, is skipped. Of a chunk the whole rows of `eval_seq_len` are used, at most `global_rows` a
     step, `global_epochs` times over. Ranks share a chunk's rows and average their gradients; with one rank the
     result is that of a single device, with more it differs by the uneven shares, as in the record.
+    PgolfError when another rank has ended, or when the ranks' weights are no longer the same.
     """
+    parallel.barrier()  # ranks come when their share is scored; those that wait do so on the CPU
     rank, size = world()
     device = model.tok_emb.weight.device
     width = config.eval_seq_len
@@ -62,6 +64,7 @@ def global_phase(model: GPT, stream: NDArray, config: TTTConfig) -> None:
                     nn.utils.clip_grad_norm_(parameters, config.global_clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+    parallel.check_same(model.parameters(), "adapted weights")
 
 
 def _backward(model: GPT, tokens: NDArray, limit: int) -> None:
@@ -75,9 +78,9 @@ def _backward(model: GPT, tokens: NDArray, limit: int) -> None:
 def _average(parameters: list[nn.Parameter], has_rows: bool, device: torch.device) -> None:
     """Mean gradient over the ranks that had rows in this step; every rank must call it."""
     holders = torch.tensor(float(has_rows), device=device)
-    dist.all_reduce(holders)
+    parallel.sum_(holders)
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        parallel.sum_(parameter.grad)
         parameter.grad /= holders
