@@ -61,14 +61,16 @@ class Optimizer:
         banks = [bank.grad for bank in self.banks.values() if bank.grad is not None]
         if config.clip_scope == "rank":
             self._clip([*banks, *rest], self._square_norms(banks, rest))
+        # In the order of one communicator. The small mean goes first: it travels while the banks are padded.
+        mean = parallel.start_mean(rest)
         pending = {
             name: parallel.start_scatter_mean(bank.grad if bank.grad is not None else torch.zeros_like(bank))
             for name, bank in self.banks.items()
         }
-        parallel.mean_(rest)
         shares: dict[str, Tensor] = {}
         if config.clip_scope == "global":  # the norm of all is wanted before anything moves
             shares = {name: wait() for name, wait in pending.items()}
+            mean()
             self._clip([*shares.values(), *rest], self._square_norms(list(shares.values()), rest, sharded=True))
         gathered = []
         for name, bank in self.banks.items():  # those already updated travel back meanwhile
@@ -80,6 +82,8 @@ class Optimizer:
                 gathered.append((bank, parallel.start_gather(weight, len(bank))))
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
+        if config.clip_scope == "rank":
+            mean()
         self.adam.step()
         for bank, wait in gathered:
             bank.data.copy_(wait())
