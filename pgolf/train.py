@@ -92,6 +92,7 @@ class Trainer:
             micro_batch=settings.micro_batch,
             vocab_size=config.model.vocab_size,
         )
+        self.writer = checkpoint.Writer(run, device)
         self.step = 0
         self.elapsed = 0.0
         self.context = schedule.context_length(settings, 0.0)
@@ -153,10 +154,12 @@ class Trainer:
         self.loader.load_state_dict(position)
         self.context, self.context_since, self.step = kept
 
-    def save(self) -> Path:
-        """Write a checkpoint (rank 0; every rank must call, momentum is gathered)."""
+    def save(self, wait: bool) -> Path:
+        """Begin a checkpoint of the state as it is now, and with `wait` return when every rank can read it.
+
+        Rank 0 writes; every rank must call, momentum is gathered.
+        """
         tensors = dict(self.optimizer.tensors())
-        path = checkpoint.path_of(self.run, self.step)
         if parallel.rank() == 0:
             state = {
                 "config": to_dict(self.config),
@@ -167,9 +170,16 @@ class Trainer:
                 "looping": self.model.looping,
                 "loader": self.loader.state_dict(),
             }
-            checkpoint.save(self.run, self.step, tensors, state)
-        parallel.barrier()  # the next stage reads it on every rank
-        return path
+            self.writer.save(self.step, tensors, state)
+        if wait:
+            self.writer.wait()
+            parallel.barrier()  # the next stage reads it on every rank
+        return checkpoint.path_of(self.run, self.step)
+
+    def close(self) -> None:
+        """End the threads that read ahead and write behind."""
+        self.loader.close()
+        self.writer.close()
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint; PgolfError when it belongs to another configuration."""
@@ -238,7 +248,7 @@ def _train(
             "use --set train.micro_batch=auto"
         ) from error
     finally:
-        trainer.loader.close()
+        trainer.close()
 
 
 def _loop(
@@ -261,14 +271,14 @@ def _loop(
         if finished or stopping:
             _losses(pending, trainer.step)
             _write(metrics, pending)
-            path = trainer.save()
+            path = trainer.save(wait=True)
             if stopping and not finished:
                 raise Stopped(f"stopped at step {trainer.step}; saved {path}; go on with --resume")
             return
         if settings.checkpoint_seconds and trainer.elapsed - saved >= settings.checkpoint_seconds:
             _losses(pending, trainer.step)
             _write(metrics, pending)
-            trainer.save()
+            trainer.save(wait=False)
             saved = trainer.elapsed
         fraction = trainer.fraction(trainer.elapsed)
         pending.append((trainer.step, trainer.elapsed, trainer.train_step(fraction)))
@@ -279,6 +289,7 @@ def _loop(
                 previous.synchronize()
             previous = torch.cuda.Event()
             previous.record()
+        trainer.writer.advance()
         if trainer.step % settings.log_every == 0 or trainer.step == 1:
             loss = _losses(pending, trainer.step)
             now = time.perf_counter() - begun
