@@ -5,6 +5,7 @@ later steps may change them at once, and a thread takes the copies to the disk.
 """
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -12,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from pgolf.errors import PgolfError
-from pgolf.files import atomic_writer
 
 KEEP = 2
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}  # as the header names them
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -97,29 +97,21 @@ class Writer:
 
 def _write(run: Path, step: int, tensors: dict[str, Tensor], state: str) -> None:
     """Write a checkpoint, then drop all but the newest `KEEP` and what a killed process left behind."""
-    save_file(path_of(run, step), tensors, {"state": state})
+    path = path_of(run, step)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # From 0.8 on the library lets Python's lock go meanwhile, and training with it.
+        safetensors.torch.save_file(tensors, temporary, metadata={"state": state})
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PgolfError(f"cannot write {path}: {reason}; free space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     for old in (*checkpoints(run)[:-KEEP], *run.glob(".checkpoint-*.tmp")):
         old.unlink(missing_ok=True)
-
-
-def save_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write contiguous CPU tensors of `DTYPES` as a safetensors file, whole or not at all; PgolfError says why not.
-
-    The library's own function held Python's lock, and with it the training loop, all the time (before its 0.8).
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    # Wide types first, as the library does: every tensor is aligned to its entries.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    end = 0
-    for name, value in ordered:
-        begin, end = end, end + value.nbytes
-        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_writer(path) as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for _, value in ordered:
-            stream.write(value.flatten().view(torch.uint8).numpy().data)
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from pgolf import checkpoint, config, recipes
@@ -66,7 +67,7 @@ def test_a_runs_weights_and_mode_are_used(script, tmp_path):
     model = GPT(settings.model).initialize(7)
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     state = {"config": config.to_dict(settings), "looping": False, "context": 64}
-    checkpoint.save_file(checkpoint.path_of(tmp_path, 5), tensors, {"state": json.dumps(state)})
+    safetensors.torch.save_file(tensors, checkpoint.path_of(tmp_path, 5), metadata={"state": json.dumps(state)})
     start = script.from_run(tmp_path)
     assert start.context == 64 and start.config == settings and not start.model.looping
     assert all(torch.equal(p, tensors[f"model.{name}"]) for name, p in start.model.named_parameters())
