@@ -52,7 +52,7 @@ def from_recipe(settings: Config) -> Start:
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += NOISE * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=NOISE)
     context, looping = schedule.modes(settings.train)[-1]
     model.looping = looping and settings.model.num_loops > 0
     return Start(settings, model, context)
