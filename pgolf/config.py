@@ -237,6 +237,7 @@ class TTTConfig:
     alpha: float = option(144.0, "adapter output is scaled by alpha / rank")
     lr: float = option(1e-4, "adapter learning rate")
     lr_mult: float = option(0.75, "factor on lr")
+    long_lr: str = option("", "length:factor on lr from there on, by a batch's longest document (empty: 1 for all)")
     weight_decay: float = option(0.5, "adapter AdamW weight decay")
     beta1: float = option(0.0, "adapter AdamW first-moment decay")
     beta2: float = option(0.99, "adapter AdamW second-moment decay")
@@ -263,6 +264,8 @@ class TTTConfig:
         require(self.step in ("auto", "graphs", "eager"), f"ttt.step must be auto, graphs or eager, got {self.step!r}")
         require(self.refresh >= 0, f"ttt.refresh must not be negative, got {self.refresh}")
         require(self.chunk_size <= self.context, "ttt.chunk_size must not exceed ttt.context")
+        for length, factor in self.long_lr_table:
+            require(length > 0 < factor, f"ttt.long_lr needs positive numbers, got {self.long_lr!r}")
         for length, chunk in self.chunk_table:
             require(length > 0 < chunk, f"ttt.short_chunks needs positive numbers, got {self.short_chunks!r}")
         if self.mode == "streaming":
@@ -271,6 +274,15 @@ class TTTConfig:
                 f"ttt.refresh and the largest chunk must fit in ttt.context together, got {self.refresh} and "
                 f"{self.largest_chunk} in {self.context}",
             )
+
+    @property
+    def long_lr_table(self) -> tuple[tuple[int, float], ...]:
+        """((shortest document, factor on lr), ...), ascending; the last whose length is reached counts."""
+        try:
+            rules = [rule.split(":") for rule in self.long_lr.split(",") if rule]
+            return tuple(sorted((int(length), float(factor)) for length, factor in rules))
+        except ValueError as error:
+            raise PgolfError(f"ttt.long_lr must look like 1000:1.5,4000:2, got {self.long_lr!r}") from error
 
     @property
     def target_set(self) -> frozenset[str]:

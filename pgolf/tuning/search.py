@@ -22,16 +22,18 @@ class Trial:
 
 def space(base: TTTConfig, documents: int) -> list[list[Changes]]:
     """The values of each knob, in the order in which knobs are turned."""
-    others = [name for name in base.targets.split(",") if name not in ("", "k")]
+    others = [name for name in base.targets.split(",") if name not in ("", "q", "k", "v")]
     return [
-        [{"refresh": tokens} for tokens in (0, 32, 64, 128, 256)],
-        [_chunks(base, factor) for factor in (0.5, 1, 2, 4)],
         [{"lr_mult": base.lr_mult * factor} for factor in (0.5, 1, 2, 4)],
+        [{"long_lr": rules} for rules in ("", "1000:1.5,4000:2", "1000:2,4000:4")],
+        [_chunks(base, factor) for factor in (0.5, 1, 2, 4)],
+        [{"refresh": tokens} for tokens in (0, 32, 64, 128, 256)],
+        [{"targets": ",".join(names)} for names in (["k", *others], others, ["q", "k", "v", *others]) if names],
+        [{"weight_decay": decay} for decay in (0.0, 0.5, 2.0)],
         [{"rank": rank} for rank in (16, 32, 56, 80)],  # alpha stays: what a step moves goes with it, not with rank
+        [{"beta2": decay} for decay in (0.95, 0.99, 0.999)],
         [{"batch_size": size} for size in (24, 48, 96) if size <= documents],
         [{"grad_steps": count} for count in (1, 2)],
-        [{"weight_decay": decay} for decay in (0.0, 0.5, 2.0)],
-        [{"targets": ",".join(names)} for names in (["k", *others], others) if names],
         [{"mode": mode} for mode in ("streaming", "window")],
     ]
 
