@@ -15,7 +15,7 @@ from pgolf.config import ModelConfig, TTTConfig
 from pgolf.errors import PgolfError
 from pgolf.model import BOS, GPT
 from pgolf.ttt import planning
-from pgolf.ttt.adapters import Adapters
+from pgolf.ttt.adapters import Adapters, uniform_a
 from pgolf.ttt.engine import Engine
 from pgolf.ttt.phase import cosine_lr, global_phase
 
@@ -151,7 +151,7 @@ def logits_of(tokens: np.ndarray, look_ahead: float = 0.0) -> torch.Tensor:
         hidden(*arguments, **options), hidden(*arguments, **options).roll(-1, dims=1), alpha=look_ahead
     )
     ttt.evaluate(model, tokens, np.ones(len(tokens)), CONFIG, seed=0)
-    return torch.cat([part[0].detach() for part in seen])
+    return torch.cat([part[0].detach() for part in seen])[: len(tokens) - 1]  # all chunks are of one size
 
 
 @pytest.mark.parametrize("look_ahead", [0.0, 0.1])
@@ -323,6 +323,55 @@ def test_partial_batch_leaves_the_kept_adapters_alone():
     shorter = tokens[20:]
     config = with_config(batch_size=2)
     np.testing.assert_allclose(losses_of(tokens, config)[20:], losses_of(shorter, config), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("mode", ["window", "streaming"])
+def test_a_partial_batch_scores_as_in_an_engine_of_its_size(mode, padded, monkeypatch):
+    """Also with the A that such an engine draws: what a document gets depends on the number of documents."""
+    if padded:
+        monkeypatch.setattr("pgolf.ttt.evaluation.step_way", lambda *arguments: "graphs")
+    tokens, _ = stream((20, 23, 9, 8, 7, 6, 5))
+    config = with_config(batch_size=5, mode=mode, refresh=3, lr=0.005, eps=0.1)
+    found, alone = losses_of(tokens, config)[:43], losses_of(tokens[:44], config)
+    np.testing.assert_allclose(found, alone, rtol=0, atol=2e-5 if padded else 1e-6)  # of other sizes, if padded
+    drawn_for_five = losses_of(tokens[:44], config, initial_a=lambda shape: uniform_a(0)((5, *shape[1:]))[-2:])
+    assert not np.allclose(drawn_for_five, alone, rtol=0, atol=1e-4)
+
+
+def test_a_of_its_own_leaves_what_was_learnt():
+    adapters = Adapters(MODEL, 5, CONFIG, 4, uniform_a(0), dtype=torch.bfloat16)
+    learnt = {name: value.clone() for name, value in adapters.named().items()}
+    with adapters.fresh_a(lambda shape: torch.full(shape, 2.0), 3):
+        for name, value in adapters.named().items():
+            if name.endswith("A"):
+                assert torch.equal(value[:1], learnt[name][:1]) and (value[1:] == 2).all(), name
+        inside = adapters.seen.clone()
+    assert all(torch.equal(value, learnt[name]) for name, value in adapters.named().items())
+    assert (inside == 2).any() and not (adapters.seen == 2).any()
+
+
+def test_progress_comes_a_batch_late_and_completely():
+    tokens, token_bytes = stream((20, 9, 8, 7, 6, 5))
+    config = with_config(batch_size=2, prefix_docs=4)  # a global phase after the second batch of three
+    events: list[str] = []
+    calls: list[tuple[int, int, float]] = []
+    losses = np.full(len(tokens) - 1, np.nan)
+    after: list[tuple[int, float]] = []
+
+    def launched(place: int, batch: np.ndarray) -> None:
+        events.append("batch")
+        known = ~np.isnan(losses)
+        nats = losses[known].sum() / np.log(2)
+        after.append((known.sum(), nats / token_bytes[1:][known].sum()))
+
+    def progress(*values) -> None:
+        events.append("report")
+        calls.append(values)
+
+    ttt.evaluate(small_model(), tokens, token_bytes, config, 0, losses=losses, on_batch=launched, progress=progress)
+    assert events == ["batch", "batch", "report", "report", "batch", "report"]
+    assert calls == [(done, len(tokens) - 1, pytest.approx(bpb)) for done, bpb in after]
 
 
 # ---- the global phase

@@ -1,6 +1,9 @@
 """Test-time training on a GPU: graphs do what eager steps of the same shapes do, and share their memory."""
 
+import contextlib
 import dataclasses
+import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +67,121 @@ def test_the_way_a_step_is_made() -> None:
         step_way(dataclasses.replace(CONFIG, step="graphs"), cpu)
 
 
+class Device:
+    """Stands in for torch.cuda: what is captured and launched, in order; nothing ends before `finish`."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.events: list[tuple[str, int]] = []  # (what, inputs of the shape)
+        self.launched = self.finished = 0
+        device = self
+
+        class Graph:
+            def capture_begin(self, pool, capture_error_mode) -> None:
+                assert (pool, capture_error_mode) == ("pool", "thread_local") and not gc.isenabled()
+
+            def capture_end(self) -> None:
+                self.inputs = device.events[-1][1]
+
+            def replay(self) -> None:
+                device.events.append(("launch", self.inputs))
+                device.launched += 1
+
+        class Event:
+            def __init__(self) -> None:
+                self.place = device.launched
+
+            def query(self) -> bool:
+                return device.finished >= self.place
+
+        for name, value in {
+            "Stream": lambda device: "side", "graph_pool_handle": lambda: "pool", "CUDAGraph": Graph,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "current_stream": lambda device: SimpleNamespace(record_event=Event),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def run(self, shape: planning.Shape) -> None:
+        self.events.append(("capture", shape.inputs))
+
+    def finish(self) -> None:
+        self.finished = self.launched
+
+    def news(self) -> list[tuple[str, int]]:
+        events, self.events = self.events, []
+        return events
+
+
+def test_captures_come_between_launches(monkeypatch) -> None:
+    """The largest first, then each as its step comes, or the next one needed once the GPU has enough to do."""
+    device = Device(monkeypatch)
+    graphs = Graphs(device.run, torch.device("cpu"))
+    a, b, c, d, e = (planning.Shape(2, inputs, 4, True) for inputs in (10, 20, 30, 40, 50))
+    monkeypatch.setattr("pgolf.ttt.graphs.AHEAD", 2 * a.tokens)
+    graphs.expect([a, a, a, b, c, e, d])
+    assert device.news() == [("capture", 50)]
+    graphs.replay(a)
+    assert device.news() == [("capture", 10), ("launch", 10)]
+    before = graphs.seconds, graphs.stalled
+    graphs.replay(a)
+    assert device.news() == [("launch", 10), ("capture", 20)]
+    assert graphs.seconds > before[0] and graphs.stalled == before[1]  # the GPU had something to do
+    device.finish()
+    graphs.replay(a)
+    assert device.news() == [("launch", 10)]
+    device.finish()
+    graphs.replay(c)  # earlier than expected
+    assert device.news() == [("capture", 30), ("launch", 30)]
+    assert graphs.stalled > before[1]
+    graphs.replay(e)
+    assert device.news() == [("launch", 50), ("capture", 40)]
+    for _ in range(3):
+        graphs.replay(d)
+    assert device.news() == [("launch", 40)] * 3
+
+
+def test_a_capture_that_fails_says_so_and_turns_collection_on_again(monkeypatch) -> None:
+    device = Device(monkeypatch)
+
+    def run(shape: planning.Shape) -> None:
+        device.run(shape)
+        raise ValueError("no kernel")
+
+    with pytest.raises(ValueError, match="no kernel"):
+        Graphs(run, torch.device("cpu")).replay(planning.Shape(2, 10, 4, True))
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("mode", ["window", "streaming"])
+def test_the_graphs_of_all_stages_are_expected_in_the_order_of_use(mode, monkeypatch) -> None:
+    expected: list[planning.Shape] = []
+    ran: list[planning.Shape] = []
+
+    class Eager:
+        seconds, stalled = 5.0, 3.0
+
+        def __init__(self, run, device) -> None:
+            self.run = run
+
+        def warm_up(self, shape) -> None:
+            self.run(shape)
+
+        def expect(self, shapes) -> None:
+            expected.extend(shapes)
+
+        def replay(self, shape) -> None:
+            ran.append(shape)
+            self.run(shape)
+
+    cpu, tokens = torch.device("cpu"), stream()
+    monkeypatch.setattr("pgolf.ttt.engine.Graphs", Eager)
+    for module in ("engine", "evaluation"):
+        monkeypatch.setattr(f"pgolf.ttt.{module}.step_way", lambda *arguments: "graphs")
+    config = dataclasses.replace(CONFIG, mode=mode)
+    result = ttt.evaluate(model_on(cpu), tokens, np.ones(len(tokens)), config, seed=0)
+    assert ran == expected and len(set(ran)) > 2
+    assert 5 < result.preparing < result.seconds + 5 and result.preparing - result.stalled == pytest.approx(2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, {"grad_steps": 2}, {"beta1": 0.5}, {"prefix_docs": 0}])
 @pytest.mark.parametrize("mode", ["window", "streaming"])
@@ -71,8 +189,7 @@ def test_graphs_do_what_eager_does(mode, changes, gpu, monkeypatch) -> None:
     """Also after the global phase, which moves the weights that the graphs read."""
     graphed, moved = losses_of(gpu, mode=mode, step="graphs", **changes)
     exact, _ = losses_of(gpu, mode=mode, step="eager", **changes)
-    honest = planning.steps
-    monkeypatch.setattr("pgolf.ttt.evaluation.steps", lambda documents, config, few: honest(documents, config, True))
+    monkeypatch.setattr("pgolf.ttt.evaluation.step_way", lambda *arguments: "graphs")  # their shapes
     eager, expected = losses_of(gpu, mode=mode, step="eager", **changes)
     plain, _ = losses_of(gpu, mode=mode, step="eager", **changes | {"lr": 0.0})
     adapted = np.abs(eager - plain).mean()
@@ -143,22 +260,47 @@ def test_wanted_places_are_those_of_all(gpu) -> None:
 @pytest.mark.gpu
 def test_graphs_share_their_memory(gpu) -> None:
     """All sizes together take little more than the largest alone."""
-    graphs = Graphs(gpu)
 
     def run(shape: planning.Shape) -> None:
         values = torch.zeros(shape.rows * shape.inputs * 1024, device=gpu)
         for _ in range(5):
             values = torch.cat((values, values))[::2].contiguous()
 
-    sizes = [planning.bucket(tokens, 3072) for tokens in range(64, 3073, 64)]
+    sizes = range(64, 3073, 192)
     shapes = [planning.Shape(rows, size, 8, learn) for rows in (2, 4) for size in sizes for learn in (False, True)]
-    graphs.warm_up(run, shapes[0])
+    graphs = Graphs(run, gpu)
+    graphs.warm_up(shapes[0])
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(gpu)
-    graphs.capture(run, [max(shapes)])
+    graphs.expect(shapes)
     largest = torch.cuda.memory_reserved(gpu) - before
-    graphs.capture(run, shapes)
-    assert torch.cuda.memory_reserved(gpu) - before < 1.3 * largest
     for shape in shapes:
         graphs.replay(shape)
+    assert torch.cuda.memory_reserved(gpu) - before < 1.3 * largest
+    assert graphs.seconds > 0 and set(shapes) == graphs._graphs.keys()
     torch.cuda.synchronize(gpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["window", "streaming"])
+def test_when_a_graph_is_captured_does_not_matter(mode, gpu, monkeypatch) -> None:
+    """Each when its step comes, or all ahead while earlier steps run."""
+    found = []
+    for ahead in (float("inf"), 0.0):
+        monkeypatch.setattr("pgolf.ttt.graphs.AHEAD", ahead)
+        found.append(losses_of(gpu, mode=mode, step="graphs")[0])
+    plain, _ = losses_of(gpu, mode=mode, step="eager", lr=0.0, prefix_docs=0)
+    assert np.abs(found[0] - found[1]).mean() < 0.1 * np.abs(found[0] - plain).mean()
+
+
+@pytest.mark.gpu
+def test_a_capture_does_not_wait_for_the_gpu(gpu) -> None:
+    x = torch.randn(8192, 8192, device=gpu)
+    graphs = Graphs(lambda shape: torch.mm(x, x), gpu)
+    graphs.warm_up(planning.Shape(1, 1, 1, True))
+    graphs.expect([planning.Shape(1, inputs, 1, True) for inputs in (1, 2, 3)])
+    for _ in range(50):
+        torch.mm(x, x)
+    queued = torch.cuda.current_stream(gpu).record_event()
+    graphs.replay(planning.Shape(1, 1, 1, True))
+    assert not queued.query()

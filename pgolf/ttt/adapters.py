@@ -7,8 +7,9 @@ tensor (`_Tap`, `_Up`): autograd has nothing to gather, and nothing to add up, s
 product that adds to it.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -253,6 +254,20 @@ class Adapters:
         """Return A to its first values (after the network itself has moved)."""
         self._weight[: self._a_size].copy_(self._initial)
         self._refresh()
+
+    @contextlib.contextmanager
+    def fresh_a(self, initial_a: InitialA, documents: int) -> Iterator[None]:
+        """Inside the block the last `documents` documents have an A of their own; afterwards all have what they had."""
+        learnt = self._weight[: self._a_size].clone()
+        for place in self._places:
+            a = self._a_of(self._weight, *place)[-documents:]
+            a.copy_(initial_a((documents, self._config.rank, a.shape[-1])))
+        self._refresh()
+        try:
+            yield
+        finally:
+            self._weight[: self._a_size].copy_(learnt)
+            self._refresh()
 
     def _refresh(self) -> None:
         if self._copy is not None:

@@ -1,6 +1,6 @@
 """The steps of batches of one size: record a chunk's losses, then adapt; eager or as CUDA graphs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +12,11 @@ from pgolf.config import TTTConfig
 from pgolf.errors import PgolfError
 from pgolf.model import GPT, Weights
 from pgolf.ops import _native
-from pgolf.score import to_device, token_losses
+from pgolf.score import token_losses
 from pgolf.ttt.adapters import Adapters, InitialA
 from pgolf.ttt.graphs import Graphs
 from pgolf.ttt.memory import Memory
-from pgolf.ttt.planning import MEMORY_RATIO, Document, Shape, Step, bucket
-
-WARM_UP = 64  # tokens a document
+from pgolf.ttt.planning import Document, Shape, Step, room
 
 
 def step_way(config: TTTConfig, device: torch.device) -> str:
@@ -52,6 +50,12 @@ class Row(NamedTuple):
     goes_on: int = 0
 
 
+def upload(values: NDArray, device: torch.device) -> Tensor:
+    """As `score.to_device`, without waiting for what the GPU is doing."""
+    held = torch.from_numpy(np.ascontiguousarray(values, np.int64))
+    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held
+
+
 def gather(stream: Tensor, table: Tensor, shape: Shape, lead: int) -> Inputs:
     """The inputs of a step; table: a `Row` a document, [rows, 5]; lead: tokens in front of the window.
 
@@ -70,6 +74,8 @@ def gather(stream: Tensor, table: Tensor, shape: Shape, lead: int) -> Inputs:
 
 class Engine:
     """Adapters of `documents` documents, and the memory and graphs that go with them.
+
+    A batch of fewer documents takes the last rows.
 
     Args:
         weights: of `GPT.frozen_weights`; when they change in place, so does what the engine computes with.
@@ -94,28 +100,29 @@ class Engine:
         self._memory: Memory | None = None
         if config.mode == "streaming":
             most = min(longest + config.refresh + config.largest_chunk, config.context)
-            room = bucket(most, config.context, MEMORY_RATIO)
-            self._memory = Memory(model.config, model.slots, documents, room, model.dtype, device)
+            capacity = room(most, config.context)
+            self._memory = Memory(model.config, model.slots, documents, capacity, model.dtype, device)
         self._table = torch.zeros(documents + 1, len(Row._fields), dtype=torch.int64, device=device)
         self._recorded = torch.zeros(documents, config.largest_chunk, device=device)
         self._graphs: Graphs | None = None
         if step_way(config, device) == "graphs":
-            self._graphs = Graphs(device)
-            inputs = bucket(1, config.context)
-            self._graphs.warm_up(self._step, Shape(documents, inputs, 1, True, inputs if self._memory else 0))
+            self._graphs = Graphs(self._step, device)
+            inputs = room(1, config.context)
+            self._graphs.warm_up(Shape(documents, inputs, 1, True, inputs if self._memory else 0))
             self.adapters.reset_a()
 
-    def prepare(self, steps: Sequence[Step]) -> None:
-        """Capture the graphs that these steps need and are not there yet."""
+    def capturing(self) -> tuple[float, float]:
+        """Seconds of the host that went into graphs, and those of them that the GPU may have waited for."""
+        return (0.0, 0.0) if self._graphs is None else (self._graphs.seconds, self._graphs.stalled)
+
+    def expect(self, steps: Iterable[Step]) -> None:
+        """The steps to come, in their order: so that graphs are captured ahead of their use."""
         if self._graphs is not None:
-            self._graphs.capture(self._step, [step.shape for step in steps])
+            self._graphs.expect(step.shape for step in steps)
 
     def run(self, documents: Sequence[Document], steps: Sequence[Step]) -> Tensor:
-        """The losses of a batch, nats, float32 [steps, documents, chunk]; zero where there is no prediction.
-
-        The steps must be prepared.
-        """
-        table = to_device(self._rows(documents, steps), self._stream.device)
+        """The losses of a batch, nats, float32 [steps, documents, chunk]; zero where there is no prediction."""
+        table = upload(self._rows(documents, steps), self._stream.device)
         losses = torch.zeros(len(steps), self._documents, max(step.shape.chunk for step in steps), device=table.device)
         self.adapters.start_batch()
         if self._memory is not None:
@@ -125,7 +132,7 @@ class Engine:
             shape = step.shape
             if shape.rows < rows:  # nobody writes the gradients of those that leave
                 self.adapters.zero_grad()
-                rows = shape.rows
+            rows = shape.rows
             if self._memory is not None:
                 self._memory.arrange(rows, shape.capacity, step.origin, step.windows[0].start)
             self._table.copy_(table[place])
@@ -134,14 +141,16 @@ class Engine:
             else:
                 self._graphs.replay(shape)
             losses[place, -rows:, : shape.chunk] = self._recorded[-rows:, : shape.chunk]
-        return losses
+        return losses[:, -len(documents) :]
 
     def _rows(self, documents: Sequence[Document], steps: Sequence[Step]) -> NDArray:
         """What `_table` holds in each step, [steps, documents + 1, 5]."""
         table = np.zeros((len(steps), self._documents + 1, len(Row._fields)), np.int64)
+        unused = self._documents - len(documents)
         for rows, step in zip(table, steps, strict=True):
-            for row, (window, goes_on) in enumerate(zip(step.windows, step.goes_on, strict=True), step.first):
-                begin = documents[row].start + window.start
+            active = zip(documents[step.first :], step.windows, step.goes_on, strict=True)
+            for row, (document, window, goes_on) in enumerate(active, unused + step.first):
+                begin = document.start + window.start
                 rows[row] = Row(begin, window.length, window.offset, window.chunk, goes_on)
             rows[-1, :2] = step.windows[0].start, step.origin
         return table

@@ -70,12 +70,14 @@ class Memory:
     def arrange(self, rows: int, capacity: int, origin: int, start: int) -> None:
         """Give the last `rows` documents room for `capacity` tokens from place `origin` on, keeping those to `start`.
 
-        Copies only when the layout changes. All places are counted in tokens from a document's start.
+        Copies only when the layout changes. All places are counted in tokens from a document's start. Rows may come
+        back, of finished documents: nobody asks what they hold.
         """
         if self._layout is not None and self._layout != (rows, capacity, origin):
             old_rows, old_capacity, old_origin = self._layout
-            kept = self._entries(old_rows, old_capacity)[:, :, -rows:, origin - old_origin : start - old_origin]
-            self._entries(rows, capacity)[:, :, :, : start - origin] = kept.clone()  # they may overlap
+            shared = min(rows, old_rows)
+            kept = self._entries(old_rows, old_capacity)[:, :, -shared:, origin - old_origin : start - old_origin]
+            self._entries(rows, capacity)[:, :, -shared:, : start - origin] = kept.clone()  # they may overlap
         self._layout = (rows, capacity, origin)
 
     def recent(self, rows: int, capacity: int, start: Tensor, origin: Tensor, length: int) -> Recent:

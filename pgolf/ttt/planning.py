@@ -10,8 +10,8 @@ from pgolf.config import TTTConfig
 from pgolf.errors import PgolfError
 from pgolf.model import BOS
 
-MEMORY_RATIO = 2.0  # between sizes of the memory: each is a graph to capture, and gradients of keys fill all of it
-STEP_TOKENS = 4096  # a step's fixed cost, in tokens of forward and backward; only for dealing batches to ranks
+STEP_TOKENS = 4096  # a step's fixed cost, in tokens of forward and backward
+MEMORY_SHARE = 16  # places of the memory that cost a token: gradients of keys fill all of it
 
 
 class Document(NamedTuple):
@@ -45,6 +45,12 @@ class Shape(NamedTuple):
     chunk: int  # predictions of each
     learn: bool  # whether the adapters take a step
     capacity: int = 0  # tokens of each that the memory has room for; 0 without memory
+
+    @property
+    def tokens(self) -> float:
+        """Its work, near enough, in tokens of forward and backward; forward alone is a third."""
+        work = STEP_TOKENS + self.rows * (self.inputs + self.capacity / MEMORY_SHARE)
+        return work if self.learn else work / 3
 
 
 class Step(NamedTuple):
@@ -90,6 +96,11 @@ def chunk_size(longest: int, config: TTTConfig) -> int:
     return next((size for limit, size in config.chunk_table if longest <= limit), config.chunk_size)
 
 
+def most_inputs(chunk: int, config: TTTConfig) -> int:
+    """Inputs of the longest window of a chunk of `chunk` tokens."""
+    return config.refresh + chunk if config.mode == "streaming" else config.context
+
+
 def tables(documents: Sequence[Document], config: TTTConfig) -> list[list[Window]]:
     """The windows of a batch's documents, ascending by length."""
     size = chunk_size(documents[-1].length, config)
@@ -104,12 +115,9 @@ def cost(documents: Sequence[Document], config: TTTConfig) -> float:
     return len(batch[-1]) * STEP_TOKENS + sum(window.length for table in batch for window in table)
 
 
-def bucket(tokens: int, most: int, ratio: float = 1.12) -> int:
-    """At least `tokens`, at most `most`: one of few sizes, multiples of 64 about `ratio` apart."""
-    size = 64
-    while size < tokens:
-        size = max(size + 64, int(size * ratio) // 64 * 64)
-    return min(size, most)
+def room(tokens: int, context: int) -> int:
+    """Size of a memory for `tokens` tokens: a power of two from 64 on, as each is a graph to capture; or `context`."""
+    return min(max(64, 1 << (tokens - 1).bit_length()), context)
 
 
 def layouts(spans: Iterable[tuple[int, int]], context: int) -> list[tuple[int, int]]:
@@ -123,35 +131,29 @@ def layouts(spans: Iterable[tuple[int, int]], context: int) -> list[tuple[int, i
     for start, end in spans:
         if end - origin > context:
             origin = start - max(0, context - (end - start) - context // 8)
-        capacity = max(capacity, bucket(end - origin, context, MEMORY_RATIO))
+        capacity = max(capacity, room(end - origin, context))
         found.append((capacity, origin))
     return found
 
 
-def steps(documents: Sequence[Document], config: TTTConfig, few_shapes: bool) -> list[Step]:
+def steps(documents: Sequence[Document], config: TTTConfig) -> list[Step]:
     """The steps of a batch of documents, ascending by length.
 
-    Finished documents are the first rows: the network runs without them. With `few_shapes` they are kept until half of
-    the rows can go, and inputs are padded to a `bucket`: padding comes after a window and weighs nothing.
+    Finished documents are the first rows: the network runs without them.
     """
     batch, size = tables(documents, config), chunk_size(documents[-1].length, config)
-    streaming = config.mode == "streaming"
-    most = config.refresh + size if streaming else config.context
     found: list[Step] = []
-    rows = len(batch)
     for step in range(len(batch[-1])):
         first = sum(len(table) <= step for table in batch)
         active = [table[step] for table in batch[first:]]
         goes_on = [len(table) > step + 1 for table in batch[first:]]
-        while few_shapes and (rows + 1) // 2 >= len(active) and rows > 1:
-            rows = (rows + 1) // 2
         inputs = max(window.length for window in active)
-        chunk = max(window.chunk for window in active)
-        shape = (rows, bucket(inputs, most), size) if few_shapes else (len(active), inputs, chunk)
-        found.append(Step(first, active, goes_on, Shape(*shape, any(goes_on))))
-    if not streaming:
+        found.append(Step(first, active, goes_on, Shape(len(active), inputs, size, any(goes_on))))
+    if config.mode != "streaming":
         return found
-    spans = [(step.windows[0].start, step.windows[0].start + step.shape.inputs) for step in found]
+    # Room for the most inputs in every step: what is forgotten when must not depend on how far a step is padded.
+    starts = [step.windows[0].start for step in found]
+    spans = [(start, start + most_inputs(size, config)) for start in starts]
     return [
         step._replace(shape=step.shape._replace(capacity=capacity), origin=origin)
         for step, (capacity, origin) in zip(found, layouts(spans, config.context), strict=True)

@@ -63,7 +63,7 @@ class Bench:
             trial, outcome = Trial(settings, math.inf, math.inf), "out of memory"
         else:
             loss = told["nats"] / (int(sample.bytes.sum()) * math.log(2) or sample.targets)
-            # Engines and graphs are made once, whatever the stream's length.
+            # The engine and graphs are made once, whatever the stream's length.
             scored = told["seconds"] - told["preparing"]
             seconds = told["preparing"] + scored * work_ratio(sample, settings, self._targets)
             trial = Trial(settings, loss, seconds)
@@ -73,8 +73,8 @@ class Bench:
         return trial
 
     def _score(self, settings: TTTConfig, progress: Progress) -> dict[str, Any]:
-        """A line of the file. Nats and seconds are of the sample, `preparing` the part of them that went into engines
-        and graphs; nats None: out of memory."""
+        """A line of the file. Nats and seconds are of the sample, `preparing` the part of them in which the GPU waited
+        for the engine and graphs; nats None: out of memory."""
         loaded, sample = self._loaded, self._sample
         gc.collect()  # the graphs of the trial before hold memory that nobody else may use
         if loaded.model.tok_emb.weight.is_cuda:
@@ -85,7 +85,7 @@ class Bench:
             result = ttt.evaluate(
                 loaded.model, sample.tokens, sample.bytes, settings, loaded.seed, loaded.looping, progress=progress
             )
-            told |= {"nats": result.score.nats, "seconds": result.seconds, "preparing": result.preparing}
+            told |= {"nats": result.score.nats, "seconds": result.seconds, "preparing": result.stalled}
         except RuntimeError as error:
             # To end a capture that has failed may fail in turn.
             if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
