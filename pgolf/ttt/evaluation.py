@@ -136,6 +136,7 @@ class _Run:
         stream = np.concatenate([self.tokens[part.start : part.start + part.length] for part in parts])
         global_phase(self.model, stream, self.config)
         self.model.frozen_weights(self.weights)
+        torch.cuda.empty_cache()  # graphs to come cannot take what the phase has cached
         if self._engine is not None:
             self._engine.adapters.reset_a()
 

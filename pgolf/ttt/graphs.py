@@ -45,6 +45,7 @@ class Graphs:
         Captures the largest at once: what the others take then fits into its memory, which a larger one that comes
         later could not reuse.
         """
+        torch.cuda.empty_cache()  # once, not at each capture: a capture cannot take what is cached for others
         self._awaited = deque(dict.fromkeys(shapes))
         if self._awaited:
             self._need(max(self._awaited, key=lambda shape: shape.tokens))
