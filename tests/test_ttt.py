@@ -448,3 +448,25 @@ def test_two_ranks_score_what_one_scores(tmp_path):
 
 if __name__ == "__main__":
     one_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+
+
+def test_long_documents_learn_at_their_own_rate():
+    """The last rule whose length the longest document reaches counts; what does not learn shares its shape."""
+    config = TTTConfig(long_lr="4000:4,1000:1.5")
+    factors = [planning.lr_factor(length, config) for length in (2, 999, 1000, 3999, 4000, 90_000)]
+    assert factors == [1, 1, 1.5, 1.5, 4, 4]
+    documents = [planning.Document(0, 900), planning.Document(900, 1200)]
+    found = planning.steps(documents, config)
+    assert {step.shape.lr for step in found[:-1]} == {1.5} and found[-1].shape.lr == 1.0
+
+
+def test_a_factor_on_the_rate_scales_the_step():
+    config = TTTConfig(weight_decay=0.0, rank=4)
+    weights = []
+    for factor in (1.0, 3.0):
+        adapters = Adapters(MODEL, 1, config, 2, uniform_a(0))
+        before = adapters.seen.clone()
+        adapters.grad.fill_(0.5)
+        adapters.step(factor)
+        weights.append(adapters.seen - before)
+    torch.testing.assert_close(weights[1], 3 * weights[0], rtol=1e-3, atol=1e-7)

@@ -217,8 +217,8 @@ class Adapters:
         """
         return Rows(self, first)
 
-    def step(self) -> None:
-        """One AdamW step on all documents at once.
+    def step(self, factor: float = 1.0) -> None:
+        """One AdamW step on all documents at once, with `factor` times the learning rate.
 
         A document whose gradient is zero, since it is finished or its loss was not counted, still decays, as in the
         record.
@@ -231,7 +231,7 @@ class Adapters:
             self.grad,
             self._copy,
             self._count,
-            lr=self._config.lr * self._config.lr_mult,
+            lr=self._config.lr * self._config.lr_mult * factor,
             beta1=self._config.beta1,
             beta2=self._config.beta2,
             eps=self._config.eps,

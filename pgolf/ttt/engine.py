@@ -175,4 +175,4 @@ class Engine:
                 self._recorded[first:, : shape.chunk] = torch.where(given.counted, losses.detach(), 0.0)
             if shape.learn:
                 (losses * given.weight).sum().backward()
-                self.adapters.step()
+                self.adapters.step(shape.lr)

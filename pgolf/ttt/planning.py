@@ -45,6 +45,7 @@ class Shape(NamedTuple):
     chunk: int  # predictions of each
     learn: bool  # whether the adapters take a step
     capacity: int = 0  # tokens of each that the memory has room for; 0 without memory
+    lr: float = 1.0  # factor on the adapters' learning rate
 
     @property
     def tokens(self) -> float:
@@ -96,6 +97,11 @@ def chunk_size(longest: int, config: TTTConfig) -> int:
     return next((size for limit, size in config.chunk_table if longest <= limit), config.chunk_size)
 
 
+def lr_factor(longest: int, config: TTTConfig) -> float:
+    """Factor on the learning rate in a batch whose longest document has `longest` tokens."""
+    return next((factor for length, factor in reversed(config.long_lr_table) if longest >= length), 1.0)
+
+
 def most_inputs(chunk: int, config: TTTConfig) -> int:
     """Inputs of the longest window of a chunk of `chunk` tokens."""
     return config.refresh + chunk if config.mode == "streaming" else config.context
@@ -142,13 +148,16 @@ def steps(documents: Sequence[Document], config: TTTConfig) -> list[Step]:
     Finished documents are the first rows: the network runs without them.
     """
     batch, size = tables(documents, config), chunk_size(documents[-1].length, config)
+    lr = lr_factor(documents[-1].length, config)
     found: list[Step] = []
     for step in range(len(batch[-1])):
         first = sum(len(table) <= step for table in batch)
         active = [table[step] for table in batch[first:]]
         goes_on = [len(table) > step + 1 for table in batch[first:]]
         inputs = max(window.length for window in active)
-        found.append(Step(first, active, goes_on, Shape(len(active), inputs, size, any(goes_on))))
+        learn = any(goes_on)
+        shape = Shape(len(active), inputs, size, learn, lr=lr if learn else 1.0)
+        found.append(Step(first, active, goes_on, shape))
     if config.mode != "streaming":
         return found
     # Room for the most inputs in every step: what is forgotten when must not depend on how far a step is padded.
