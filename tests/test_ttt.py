@@ -232,7 +232,7 @@ def test_steps_before_a_chunk(grad_steps, monkeypatch):
     """A batch steps `grad_steps` times after every chunk but the last of its longest document."""
     steps = []
     honest = Adapters.step
-    monkeypatch.setattr(Adapters, "step", lambda self: (steps.append(1), honest(self)))
+    monkeypatch.setattr(Adapters, "step", lambda self, factor: (steps.append(1), honest(self, factor)))
     tokens, _ = stream((9, 10))
     losses_of(tokens, with_config(grad_steps=grad_steps))
     assert len(steps) == 2 * grad_steps  # 9 targets each (with the following BOS; without): chunks of 4, 4, 1
