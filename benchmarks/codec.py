@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,24 +51,58 @@ def order0_bytes(matrices: list[np.ndarray]) -> int:
     return round(float(-(counts * np.log2(counts / counts.sum())).sum()) / 8)
 
 
-def lrzip_bytes(data: bytes, threads: int) -> int:
+class Outcome(NamedTuple):
+    """Bytes, and seconds of each direction."""
+
+    size: int
+    encode: float
+    decode: float
+
+
+def clocked(encode: Callable[[bytes], bytes], decode: Callable[[bytes], bytes]) -> Callable[[bytes], Outcome]:
+    """A compressor of bytes in memory, both ways; exits if it loses anything."""
+
+    def run(data: bytes) -> Outcome:
+        start = time.perf_counter()
+        coded = encode(data)
+        middle = time.perf_counter()
+        decoded = decode(coded)
+        end = time.perf_counter()
+        if decoded != data:
+            sys.exit("a compressor did not give back what it got")
+        return Outcome(len(coded), middle - start, end - middle)
+
+    return run
+
+
+def lrzip(data: bytes, threads: int, *options: str) -> bytes:
+    """What lrzip makes of `data`; it works on files."""
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "group", Path(folder) / "group.lrz"
+        source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
-        command = ["lrzip", "-q", "-z", "-L", "9", "-T", "-p", str(threads), "-o", str(target), str(source)]
+        command = ["lrzip", "-q", "-p", str(threads), *options, "-o", str(target), str(source)]
         subprocess.run(command, check=True, capture_output=True)
-        return target.stat().st_size
+        return target.read_bytes()
 
 
-def compressors(threads: int) -> dict[str, Callable[[bytes], int]]:
-    found: dict[str, Callable[[bytes], int]] = {}
+def compressors(threads: int) -> dict[str, Callable[[bytes], Outcome]]:
+    """Those that are installed."""
+    found: dict[str, Callable[[bytes], Outcome]] = {}
     if shutil.which("lrzip"):
-        found["lrzip -z"] = lambda data: lrzip_bytes(data, threads)
-    found["xz -9e"] = lambda data: len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+        found["lrzip -z"] = clocked(
+            lambda data: lrzip(data, threads, "-z", "-L", "9", "-T"), lambda coded: lrzip(coded, threads, "-d")
+        )
+    preset = 9 | lzma.PRESET_EXTREME
+    found["xz -9e"] = clocked(lambda data: lzma.compress(data, preset=preset), lzma.decompress)
     if importlib.util.find_spec("brotli"):
         import brotli
 
-        found["brotli 11"] = lambda data: len(brotli.compress(data, quality=11))
+        found["brotli 11"] = clocked(lambda data: brotli.compress(data, quality=11), brotli.decompress)
+    if importlib.util.find_spec("zstandard"):
+        import zstandard
+
+        best = zstandard.ZstdCompressor(level=22)
+        found["zstd 22"] = clocked(best.compress, zstandard.ZstdDecompressor().decompress)
     return found
 
 
@@ -80,9 +115,9 @@ def main() -> None:
     if not (options.data / "ints.npz").is_file():
         sys.exit(f"{options.data / 'ints.npz'} is not there; give --data the folder that holds it")
     others = {} if options.only_ours else compressors(options.threads)
-    columns = ["entries", "pgolf", *others, "order 0", "encode s", "decode s"]
-    print(f"{'group':<12}" + "".join(f"{column:>13}" for column in columns))
-    totals = [0.0] * len(columns)
+    print(f"{'group':<12}" + "".join(f"{column:>13}" for column in ("entries", "pgolf", *others, "order 0")))
+    totals = [0] * (3 + len(others))
+    seconds = [[0.0] * (1 + len(others)) for _ in range(2)]  # encoding, decoding
     for role, matrices in read_groups(options.data).items():
         start = time.perf_counter()
         coded = codec.encode_matrices(matrices, options.threads)
@@ -91,18 +126,22 @@ def main() -> None:
         end = time.perf_counter()
         if any(not np.array_equal(got, wanted) for got, wanted in zip(decoded, matrices, strict=True)):
             sys.exit(f"{role} did not come back as it was")
-        sizes = [sum(matrix.size for matrix in matrices), len(coded)]
-        sizes += [size(transposed(matrices)) for size in others.values()]
-        row = [*sizes, order0_bytes(matrices), middle - start, end - middle]
+        data = transposed(matrices)
+        outcomes = [Outcome(len(coded), middle - start, end - middle), *(run(data) for run in others.values())]
+        row = [len(data), *(outcome.size for outcome in outcomes), order0_bytes(matrices)]
         print_row(role, row)
         totals = [total + value for total, value in zip(totals, row, strict=True)]
+        for place, outcome in enumerate(outcomes):
+            seconds[0][place] += outcome.encode
+            seconds[1][place] += outcome.decode
     print_row("sum", totals)
+    for name, values in zip(("encode, s", "decode, s"), seconds, strict=True):
+        print(f"{name:<25}" + "".join(f"{value:>13.2f}" for value in values))
     print(f"ratio {totals[1] / RECORD_BYTES:.5f}")
 
 
-def print_row(name: str, values: list[float]) -> None:
-    cells = [f"{value:>13,.0f}" for value in values[:-2]] + [f"{value:>13.2f}" for value in values[-2:]]
-    print(f"{name:<12}" + "".join(cells), flush=True)
+def print_row(name: str, values: list[int]) -> None:
+    print(f"{name:<12}" + "".join(f"{value:>13,}" for value in values), flush=True)
 
 
 if __name__ == "__main__":
