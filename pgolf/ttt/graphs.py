@@ -11,8 +11,9 @@ from pgolf.ttt.planning import Shape
 
 Run = Callable[[Shape], None]
 
-# Work in the GPU's queue that hides a capture, in tokens of `Shape.tokens`: about 0.27 s on an H100, for 0.15 to 0.25.
-AHEAD = 250_000
+# Work in the GPU's queue beside which a capture begins, in tokens of `Shape.tokens`: about 0.06 s on an H100, where a
+# capture takes 0.15 s or more. With 250,000 nearly all came too late: the host is seldom that far ahead.
+AHEAD = 60_000
 
 
 class Graphs:

@@ -7,9 +7,9 @@ from itertools import accumulate, chain
 from pgolf.config import TTTConfig
 from pgolf.ttt.planning import Shape, Step, most_inputs
 
-# What a graph costs, in tokens of a step (about 1 us each on an H100): less than a capture takes, since nearly all of
-# them happen while the GPU works.
-GRAPH_TOKENS = 40_000
+# What a graph costs, in tokens of a step (about 1 us each on an H100): two thirds of a capture, part of which happens
+# while the GPU works.
+GRAPH_TOKENS = 100_000
 
 
 def row_sizes(documents: int) -> list[int]:
