@@ -3,9 +3,10 @@
     python benchmarks/codec.py --data DIR
 
 DIR holds `ints.npz`: int8 matrices `tok_emb.weight.q` and `blocks.N.ROLE.weight.q`. The others get each group as the
-published record did, its matrices joined along their rows and transposed; lrzip runs where it is installed. The last
-line is `ratio R`: our bytes over the 15,866,921 of the record's compressor (lrzip, with its row permutations) on the
-integers of one trained model.
+published record did, its matrices joined along their rows and transposed; lrzip runs where it is installed. Seconds are
+of all groups: ours share the threads, as in an artifact; lrzip has as many for each group in turn. The last line is
+`ratio R`: our bytes over the 15,866,921 of the record's compressor (lrzip, with its row permutations) on the integers
+of one trained model.
 """
 
 import argparse
@@ -117,21 +118,23 @@ def main() -> None:
     others = {} if options.only_ours else compressors(options.threads)
     print(f"{'group':<12}" + "".join(f"{column:>13}" for column in ("entries", "pgolf", *others, "order 0")))
     totals = [0] * (3 + len(others))
-    seconds = [[0.0] * (1 + len(others)) for _ in range(2)]  # encoding, decoding
-    for role, matrices in read_groups(options.data).items():
-        start = time.perf_counter()
-        coded = codec.encode_matrices(matrices, options.threads)
-        middle = time.perf_counter()
-        decoded = codec.decode_matrices(coded, [matrix.shape for matrix in matrices], options.threads)
-        end = time.perf_counter()
-        if any(not np.array_equal(got, wanted) for got, wanted in zip(decoded, matrices, strict=True)):
+    groups = read_groups(options.data)
+    start = time.perf_counter()
+    coded = codec.encode_groups(list(groups.values()), options.threads)
+    middle = time.perf_counter()
+    shapes = [[matrix.shape for matrix in matrices] for matrices in groups.values()]
+    decoded = codec.decode_groups(list(zip(coded, shapes, strict=True)), options.threads)
+    end = time.perf_counter()
+    seconds = [[middle - start, *(0.0 for _ in others)], [end - middle, *(0.0 for _ in others)]]  # encoding, decoding
+    for (role, matrices), ours, ours_decoded in zip(groups.items(), coded, decoded, strict=True):
+        if any(not np.array_equal(got, wanted) for got, wanted in zip(ours_decoded, matrices, strict=True)):
             sys.exit(f"{role} did not come back as it was")
         data = transposed(matrices)
-        outcomes = [Outcome(len(coded), middle - start, end - middle), *(run(data) for run in others.values())]
-        row = [len(data), *(outcome.size for outcome in outcomes), order0_bytes(matrices)]
+        outcomes = [run(data) for run in others.values()]
+        row = [len(data), len(ours), *(outcome.size for outcome in outcomes), order0_bytes(matrices)]
         print_row(role, row)
         totals = [total + value for total, value in zip(totals, row, strict=True)]
-        for place, outcome in enumerate(outcomes):
+        for place, outcome in enumerate(outcomes, 1):
             seconds[0][place] += outcome.encode
             seconds[1][place] += outcome.decode
     print_row("sum", totals)

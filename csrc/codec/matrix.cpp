@@ -161,6 +161,9 @@ class RowModel {
     Mixer<kInputs> mixer_{kNodes, 3};
 };
 
+// Entries in a stream's middle that both directions are tried on: the other matrices are like them.
+constexpr std::size_t kTried = std::size_t{1} << 19;
+
 // Coding runs along the side whose entries predict each other: that of the residual stream, which is the shorter one,
 // or either in attention, where both are tried. Never along a much longer one: the model's memory grows with the row.
 bool may_run_along(std::size_t length, Shape shape) { return length <= 2 * std::min(shape.rows, shape.columns); }
@@ -238,13 +241,14 @@ std::vector<Range> plan_streams(std::span<const Shape> shapes) {
 Stream encode_stream(std::span<const std::int8_t* const> matrices, Shape shape) {
     if (shape.count() == 0) return {{}, std::vector<std::size_t>(matrices.size())};
     const std::size_t kind = kind_of(matrices, shape);
-    Stream best;
-    for (const bool transpose : {false, true}) {
-        if (!may_run_along(transpose ? shape.rows : shape.columns, shape)) continue;
-        auto stream = encode_oriented(matrices, shape, kind, transpose);
-        if (best.bytes.empty() || stream.bytes.size() < best.bytes.size()) best = std::move(stream);
-    }
-    return best;
+    const bool rows = may_run_along(shape.columns, shape), columns = may_run_along(shape.rows, shape);
+    if (!rows || !columns) return encode_oriented(matrices, shape, kind, columns);
+    const std::size_t count = std::min(matrices.size(), std::max<std::size_t>(1, kTried / shape.count()));
+    const auto tried = matrices.subspan((matrices.size() - count) / 2, count);
+    Stream plain = encode_oriented(tried, shape, kind, false), turned = encode_oriented(tried, shape, kind, true);
+    const bool transpose = turned.bytes.size() < plain.bytes.size();
+    if (tried.size() == matrices.size()) return transpose ? std::move(turned) : std::move(plain);
+    return encode_oriented(matrices, shape, kind, transpose);
 }
 
 std::vector<std::size_t> decode_stream(std::span<const std::uint8_t> stream, std::span<std::int8_t* const> matrices,
