@@ -41,7 +41,7 @@ def test_shapes_hold_every_step(mode, documents, batch_size):
             assert after.origin <= start and start - after.origin + after.shape.inputs <= after.shape.capacity
 
 
-@pytest.mark.parametrize(("mode", "most_graphs"), [("window", 120), ("streaming", 50)])
+@pytest.mark.parametrize(("mode", "most_graphs"), [("window", 80), ("streaming", 35)])
 def test_little_is_padded_in_few_shapes(mode, most_graphs):
     config = TTTConfig(mode=mode)
     exact = exact_steps(web_lengths(3000), config)
@@ -49,7 +49,7 @@ def test_little_is_padded_in_few_shapes(mode, most_graphs):
     needed = sum(window.length for step in itertools.chain(*exact) for window in step.windows)
     ran = sum(shape.rows * shape.inputs * count for shape, count in shapes.items())
     assert len(shapes) <= most_graphs
-    assert needed <= ran <= 1.04 * needed
+    assert needed <= ran <= 1.07 * needed
 
 
 def cuts(items: list) -> list[list[list]]:
