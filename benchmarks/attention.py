@@ -44,12 +44,13 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 def times(context: int, attend: Callable[..., Tensor], operator: Callable[..., object]) -> tuple[float, float, float]:
     """Milliseconds of the forward, of FA3's backward and of ours."""
-    bounds = boundaries(context)
+    edges = boundaries(context)
+    bounds = _flash3.Bounds(edges, edges, context, context)
     q, k, v, grad = (torch.randn(TOKENS, n, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 4, 4, 8))
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def forward(backward: Callable[..., object] | None) -> Tensor:
-        return _flash3.attention(*leaves, bounds, bounds, context, context, None, attend, backward)
+        return _flash3.attention(*leaves, bounds, attend, backward)
 
     def gradients(out: Tensor) -> float:
         return milliseconds(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))

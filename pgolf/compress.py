@@ -21,7 +21,7 @@ from pgolf.quantize.solve import GATE_SUFFIX, Fitted, quantize_scaled, quantize_
 from pgolf.schedule import parse_contexts
 from pgolf.source import scoring_source
 
-LARGEST_SLICE = 49_152  # tokens whose gradients are taken together: 26 GB with the record's model
+LARGEST_SLICE = 49_152  # tokens whose gradients are taken together: memory goes with them
 TUNING_ROOM = 2000  # bytes of a budget left free before tuning, whose numbers may take a few more than those before
 TUNING_TRIES = 3  # solves with more and more room, until what was tuned fits; then the artifact stays as solved
 

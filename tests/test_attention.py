@@ -31,10 +31,12 @@ def scores(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, used: Tensor | None
     return product.masked_fill(~seen, -torch.inf)
 
 
-def attend(q, k, v, cu_q, cu_k, max_q, max_k, *, seqused_k, causal, return_attn_probs=False):
+def attend(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, seqused_k, causal, return_attn_probs=False
+):
     """What FA3's function computes, with autograd."""
     assert causal
-    logits = scores(q, k, cu_q, cu_k, seqused_k)
+    logits = scores(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k)
     out = torch.einsum("hnm,mhd->nhd", logits.softmax(-1), v.repeat_interleave(q.shape[1] // k.shape[1], 1))
     return (out, logits.logsumexp(-1)) if return_attn_probs else out
 
@@ -64,7 +66,7 @@ def test_gradients_of_shared_heads_add_up_over_the_group(groups: int, used: Tens
         torch.randn(int(n), heads, 4, dtype=torch.float64, generator=generator).requires_grad_()
         for n, heads in ((BOUNDS_Q[-1], 2 * groups), (cu_k[-1], 2), (cu_k[-1], 2))
     )
-    arguments = (q, k, v, BOUNDS_Q, cu_k, 7, 9, used, attend)
+    arguments = (q, k, v, _flash3.Bounds(BOUNDS_Q, cu_k, 7, 9, used), attend)
     whole, parts = _flash3.attention(*arguments, None), _flash3.attention(*arguments, backward)
     assert parts.grad_fn is not None
     assert "GroupedAttention" in type(parts.grad_fn).__name__
@@ -78,7 +80,7 @@ def test_gradients_of_shared_heads_add_up_over_the_group(groups: int, used: Tens
 
 def test_as_many_key_heads_as_query_heads_need_one_call() -> None:
     q = torch.randn(12, 2, 4, requires_grad=True)
-    out = _flash3.attention(q, q, q, BOUNDS_Q, BOUNDS_Q, 7, 7, None, attend, backward)
+    out = _flash3.attention(q, q, q, _flash3.Bounds(BOUNDS_Q, BOUNDS_Q, 7, 7), attend, backward)
     assert "GroupedAttention" not in type(out.grad_fn).__name__
 
 
@@ -95,7 +97,7 @@ def test_fa3_gives_the_gradients_of_its_own_backward(fa3, used: bool) -> None:
         torch.randn(int(n), heads, 64, dtype=torch.bfloat16, device=fa3, generator=generator).requires_grad_()
         for n, heads in ((1000, 8), (cu_k[-1], 4), (cu_k[-1], 4), (1000, 8))
     )
-    arguments = (q, k, v, cu_q, cu_k, 837, 1000, used_k, function)
+    arguments = (q, k, v, _flash3.Bounds(cu_q, cu_k, 837, 1000, used_k), function)
     whole, parts = _flash3.attention(*arguments, None), _flash3.attention(*arguments, operator)
     assert torch.equal(whole, parts)
     rows = torch.ones(int(cu_k[-1]), dtype=torch.bool, device=fa3)

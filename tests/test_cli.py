@@ -13,6 +13,8 @@ import torch
 from pgolf import cli, config, recipes
 from pgolf.data import shards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 300
 TINY = {
     "model.num_layers": 4, "model.model_dim": 32, "model.num_heads": 2, "model.num_kv_heads": 1,
@@ -28,15 +30,6 @@ TINY = {
 SETTINGS = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
 COMMANDS = ("demo", "data", "train", "quantize", "eval", "tune-ttt", "run", "generate", "inspect", "doctor")
 TRAIN_SHARD, VAL_SHARD, SIDECAR = (shards.shard_name(k, 0) for k in (shards.TRAIN, shards.VAL, shards.VAL_BYTES))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only cost time on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def text_file(path, count, seed):

@@ -17,6 +17,8 @@ from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf.errors import PgolfError
 from pgolf.files import read_json, write_bytes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 VOCAB, STEPS = 300, 12
 TINY = {
@@ -30,15 +32,6 @@ TINY = {
     "ttt.batch_size": 4, "ttt.rank": 2, "ttt.context": 64, "ttt.eval_seq_len": 64, "ttt.prefix_docs": 4,
     "ttt.global_chunk": 256, "ttt.chunk_size": 16, "ttt.short_chunks": "24:8",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only cost time on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny():

@@ -18,20 +18,13 @@ from pgolf.ops import attention
 from pgolf.ttt import memory, padding, planning
 from pgolf.ttt.engine import Engine
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = ModelConfig(
     num_layers=4, model_dim=16, num_heads=2, num_kv_heads=1, vocab_size=32, mlp_mult=2.0, rope_dims=4,
     loop_start=1, loop_end=1, parallel_start_layer=3, xsa_last_n=4, gate_window=8,
 )  # fmt: skip
 LENGTHS = (7, 30, 1, 2, 19, 23, 90)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only cost time on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(**changes) -> TTTConfig:

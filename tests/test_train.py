@@ -21,6 +21,8 @@ from pgolf.interrupt import Stopped
 from pgolf.model import GPT
 from pgolf.optim import Optimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB, STEPS = 300, 20
 TINY = {
     "model.num_layers": 4, "model.model_dim": 32, "model.num_heads": 2, "model.num_kv_heads": 1,
@@ -30,15 +32,6 @@ TINY = {
     "train.contexts": "16@0.25,32@0.6,64@1.0", "train.rewarm_steps": 4, "train.log_every": 3,
 }  # fmt: skip
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only cost time on models this small, and processes are compared bit by bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

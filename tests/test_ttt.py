@@ -19,6 +19,8 @@ from pgolf.ttt.adapters import Adapters, uniform_a
 from pgolf.ttt.engine import Engine
 from pgolf.ttt.phase import cosine_lr, global_phase
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = ModelConfig(
     num_layers=4, model_dim=16, num_heads=2, num_kv_heads=1, vocab_size=32, mlp_mult=2.0, rope_dims=4,
     loop_start=1, loop_end=1, parallel_start_layer=3, xsa_last_n=4, gate_window=8,
@@ -32,15 +34,6 @@ LENGTHS = (7, 30, 1, 2, 19, 23)
 
 def with_config(**changes) -> TTTConfig:
     return TTTConfig(**(CONFIG.__dict__ | changes))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only cost time on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_model() -> GPT:

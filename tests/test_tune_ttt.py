@@ -20,6 +20,8 @@ from pgolf.model import GPT
 from pgolf.tuning import command, report, sample, search
 from pgolf.tuning.search import Trial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 300
 MODEL = ModelConfig(
     num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1, vocab_size=VOCAB, mlp_mult=2.0, rope_dims=4,
@@ -30,15 +32,6 @@ OWN = TTTConfig(
     global_lr=0.1, eval_seq_len=32,
 )  # fmt: skip
 DOCUMENTS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only cost time on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

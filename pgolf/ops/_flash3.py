@@ -8,7 +8,7 @@ sees as many key heads as query heads, writes those gradients at once in the com
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,11 +31,20 @@ def load() -> tuple[Callable[..., Any], Callable[..., Any] | None]:
     return attend, backward if known >= _NEEDED else None
 
 
-class GroupedAttention(torch.autograd.Function):
-    """Causal attention of packed segments; arguments as FA3's, `attend` and `backward` as `load` gives them.
+class Bounds(NamedTuple):
+    """Where segments of packed queries and keys begin and end, by FA3's names for it."""
 
-    q [N, H, d]; k, v [M, Hk, d] with H > Hk. The last used_k[b] (all if None) keys of segment b line up with its last
-    queries.
+    cu_seqlens_q: Tensor  # int32 [S + 1]
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    seqused_k: Tensor | None = None  # int32 [S]: keys of each segment that count, all if None
+
+
+class GroupedAttention(torch.autograd.Function):
+    """Causal attention of packed segments; `attend` and `backward` as `load` gives them.
+
+    q [N, H, d]; k, v [M, Hk, d] with H > Hk. The last keys that count in a segment line up with its last queries.
     """
 
     @staticmethod
@@ -44,23 +53,18 @@ class GroupedAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        used_k: Tensor | None,
+        bounds: Bounds,
         attend: Callable[..., Any],
         backward: Callable[..., Any],
     ) -> Tensor:
-        bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        out, lse = attend(q, k, v, *bounds, seqused_k=used_k, causal=True, return_attn_probs=True)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, used_k)
-        ctx.longest, ctx.backward_op = (max_seqlen_q, max_seqlen_k), backward
+        out, lse = attend(q, k, v, **bounds._asdict(), causal=True, return_attn_probs=True)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.bounds, ctx.backward_op = bounds, backward
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, used_k = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         groups = q.shape[1] // k.shape[1]
         grad_q = torch.empty_like(q)
         parts = k.new_empty(groups, 2, *k.shape)  # gradients of k and v from each query head of a group
@@ -76,33 +80,24 @@ class GroupedAttention(torch.autograd.Function):
                 dq=grad_q[:, one],
                 dk=part_k,
                 dv=part_v,
-                cu_seqlens_q=cu_seqlens_q,
-                cu_seqlens_k=cu_seqlens_k,
-                seqused_k=used_k,
-                max_seqlen_q=ctx.longest[0],
-                max_seqlen_k=ctx.longest[1],
+                **ctx.bounds._asdict(),
                 softmax_scale=q.shape[-1] ** -0.5,
                 is_causal=True,
             )
         grad_k, grad_v = parts[0].add_(parts[1]) if groups == 2 else parts.sum(0)
-        return grad_q, grad_k, grad_v, None, None, None, None, None, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    used_k: Tensor | None,
+    bounds: Bounds,
     attend: Callable[..., Any],
     backward: Callable[..., Any] | None,
 ) -> Tensor:
     """As `GroupedAttention`, which it is where heads are shared and `backward` is there; else FA3's own autograd."""
-    bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     # A compiler follows FA3's own operators, whose shapes are registered.
     if backward is None or q.shape[1] == k.shape[1] or torch.compiler.is_compiling():
-        return attend(q, k, v, *bounds, seqused_k=used_k, causal=True)  # type: ignore[no-any-return]
-    return GroupedAttention.apply(q, k, v, *bounds, used_k, attend, backward)  # type: ignore[no-any-return]
+        return attend(q, k, v, **bounds._asdict(), causal=True)  # type: ignore[no-any-return]
+    return GroupedAttention.apply(q, k, v, bounds, attend, backward)  # type: ignore[no-any-return]

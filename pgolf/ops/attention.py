@@ -32,8 +32,8 @@ def _load_flash3() -> Varlen:
     attend, backward = _flash3.load()
 
     def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return _flash3.attention(q, k, v, *bounds, None, attend, backward)
+        bounds = _flash3.Bounds(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return _flash3.attention(q, k, v, bounds, attend, backward)
 
     return run
 
@@ -172,8 +172,8 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, used: Tensor) -> Tensor:
             (batch, length), capacity = q.shape[:2], k.shape[1]
             starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
             q_rows, k_rows, v_rows = (x.flatten(0, 1) for x in (q, k, v))
-            bounds = (starts * length, starts * capacity, length, capacity)
-            return _flash3.attention(q_rows, k_rows, v_rows, *bounds, used, *_flash3.load()).view_as(q)
+            bounds = _flash3.Bounds(starts * length, starts * capacity, length, capacity, used)
+            return _flash3.attention(q_rows, k_rows, v_rows, bounds, *_flash3.load()).view_as(q)
     return cached_reference(q, k, v, used)
 
 
